@@ -1,0 +1,200 @@
+"""The seam: a backbone cut into stages, and a head after each, as pairs of pure functions.
+
+Everything outside `models`, `heads` and `adapters` sees a network only through this file and never
+learns which library the modules were written in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+PyTree = Any
+Variables = Mapping[str, Any]
+
+
+class Module(NamedTuple):
+    """A pair of pure functions, any number of inputs.
+
+    Attributes:
+      init: `init(key, *inputs) -> variables`, a plain nested dict with the collections
+        `"params"` and, where there are running statistics, `"batch_stats"`.
+      apply: `apply(variables, *inputs, train) -> (outputs, batch_stats)`. With `train=True`
+        `batch_stats` are the statistics after this batch, otherwise those that came in.
+    """
+
+    init: Callable[..., Variables]
+    apply: Callable[..., tuple[Any, PyTree]]
+
+
+class ExitOutput(NamedTuple):
+    """What a head puts out.
+
+    Attributes:
+      logits: `[B, C]` float32.
+      gate: `[B]` float32, the logit of "stop here"; zeros where the head has no learned gate.
+      memory: what this head hands to the next one, a pytree whose leaves lead with the batch axis;
+        `()` for most heads.
+    """
+
+    logits: Array
+    gate: Array
+    memory: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyExitNetwork:
+    """A backbone cut into E stages, and E heads; head e reads what stage e puts out.
+
+    The last head is the network's ordinary classifier, so `E == 1` is a plain network. `features`,
+    what a stage hands to its head and to the next stage, is any pytree whose leaves all lead with
+    the batch axis: that is what lets the samples that go on be gathered.
+
+    Variables are `{"params": {"stages": (...), "heads": (...)}, "batch_stats": {the same}}`, one
+    entry a stage and one a head.
+
+    Attributes:
+      stages: `stage(variables, features) -> features`; the first one reads the images.
+      heads: `head(variables, features, memory) -> ExitOutput`; the first one gets `memory=()`.
+
+    Raises:
+      ValueError: no stages, or not one head for each stage.
+    """
+
+    stages: tuple[Module, ...]
+    heads: tuple[Module, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages or len(self.stages) != len(self.heads):
+            raise ValueError(
+                f"{len(self.stages)} stages and {len(self.heads)} heads; give at least one stage "
+                "and exactly one head for each."
+            )
+
+    @property
+    def num_exits(self) -> int:
+        """E, the number of exits, the last one included."""
+        return len(self.stages)
+
+    def init(self, key: Array, images: Array) -> Variables:
+        """Initial variables, from a key and images `[B, ...]` of which only the shape counts."""
+        stages, heads = [], []
+        features, memory = images, ()
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            key, stage_key, head_key = jax.random.split(key, 3)
+            stages.append(stage.init(stage_key, features))
+            features, _ = stage.apply(stages[-1], features, train=False)
+            heads.append(head.init(head_key, features, memory))
+            output, _ = head.apply(heads[-1], features, memory, train=False)
+            memory = output.memory
+        return {
+            collection: {
+                "stages": tuple(v.get(collection, {}) for v in stages),
+                "heads": tuple(v.get(collection, {}) for v in heads),
+            }
+            for collection in ("params", "batch_stats")
+        }
+
+    def apply_stage(
+        self, variables: Variables, e: int, features: PyTree, *, train: bool = False
+    ) -> tuple[PyTree, PyTree]:
+        """Stage e alone: `(features, batch_stats)` from what stage e - 1 put out."""
+        return self.stages[e].apply(part(variables, "stages", e), features, train=train)
+
+    def apply_head(
+        self, variables: Variables, e: int, features: PyTree, memory: PyTree, *, train: bool = False
+    ) -> tuple[ExitOutput, PyTree]:
+        """Head e alone: `(ExitOutput, batch_stats)`; `memory` is head e - 1's, `()` at first."""
+        return self.heads[e].apply(part(variables, "heads", e), features, memory, train=train)
+
+    def apply_all(
+        self, variables: Variables, images: Array, *, train: bool = False
+    ) -> tuple[ExitOutput, PyTree]:
+        """Every stage and every head, for training and for recording a trace.
+
+        Args:
+          variables: what `init` returns.
+          images: `[B, ...]`.
+          train: use the batch's statistics and return updated running ones.
+
+        Returns:
+          `ExitOutput` with logits stacked to `[E, B, C]`, gates to `[E, B]`, and a tuple of the E
+          memories; and the batch statistics, shaped like `variables["batch_stats"]`.
+        """
+        outputs, stage_stats, head_stats = [], [], []
+        features, memory = images, ()
+        for e in range(self.num_exits):
+            features, stats = self.apply_stage(variables, e, features, train=train)
+            stage_stats.append(stats)
+            output, stats = self.apply_head(variables, e, features, memory, train=train)
+            head_stats.append(stats)
+            memory = output.memory
+            outputs.append(output)
+        stacked = ExitOutput(
+            jnp.stack([o.logits for o in outputs]),
+            jnp.stack([o.gate for o in outputs]),
+            tuple(o.memory for o in outputs),
+        )
+        return stacked, {"stages": tuple(stage_stats), "heads": tuple(head_stats)}
+
+    def apply_plain(self, variables: Variables, images: Array) -> Array:
+        """The plain network, logits `[B, C]`: every stage, and of the heads only the last.
+
+        Where heads hand on `memory` the earlier ones are run too, since the last one reads theirs;
+        where they do not, nothing reads the others' logits and the compiler leaves those heads out.
+        """
+        features, memory, logits = images, (), None
+        for e in range(self.num_exits):
+            features, _ = self.apply_stage(variables, e, features)
+            output, _ = self.apply_head(variables, e, features, memory)
+            memory, logits = output.memory, output.logits
+        assert logits is not None
+        return logits
+
+    def reading(self, preprocess: Callable[[Array], Array]) -> EarlyExitNetwork:
+        """The same network, reading `preprocess(images)`; raw uint8 images, say, to be normalised.
+
+        What comes before the first stage then is part of it: of its cost, of every executor and of
+        an exported artifact. Variables do not change.
+        """
+        first = self.stages[0]
+
+        def init(key: Array, images: Array) -> Variables:
+            return first.init(key, preprocess(images))
+
+        def apply(variables: Variables, images: Array, *, train: bool) -> tuple[PyTree, PyTree]:
+            return first.apply(variables, preprocess(images), train=train)
+
+        return dataclasses.replace(self, stages=(Module(init, apply), *self.stages[1:]))
+
+
+def part(variables: Variables, kind: str, e: int) -> Variables:
+    """The variables of one module; `kind` is `"stages"` or `"heads"`."""
+    return {collection: tree[kind][e] for collection, tree in variables.items()}
+
+
+def normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Array], Array]:
+    """A `preprocess` for images `[B, H, W, C]` in 0..255: `(x - mean) / std`, float32.
+
+    Args:
+      mean: per channel, in 0..255.
+      std: per channel, in 0..255.
+
+    Raises:
+      ValueError: not as many of both, or a standard deviation that is not positive.
+    """
+    if len(mean) != len(std) or not all(s > 0 for s in std):
+        raise ValueError(f"mean {mean} and std {std}; give one of each a channel, std positive.")
+    offset = np.asarray(mean, np.float32)[None, None, None]
+    scale = 1 / np.asarray(std, np.float32)[None, None, None]
+
+    def preprocess(images: Array) -> Array:
+        return (images.astype(jnp.float32) - offset) * scale
+
+    return preprocess

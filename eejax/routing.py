@@ -1,0 +1,159 @@
+"""The reference: which exit a recorded trace takes, what it answers there, and what that costs.
+
+Every compiled executor must agree with `route`, sample by sample, for every policy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eejax.compiling import compiler_options
+from eejax.network import EarlyExitNetwork, ExitOutput, Variables
+from eejax.policies import Policy
+
+
+class Trace(NamedTuple):
+    """What every head said of every sample of one split, recorded once.
+
+    Attributes:
+      logits: `[N, E, C]` float32.
+      gates: `[N, E]` float32.
+      labels: `[N]` int32.
+    """
+
+    logits: np.ndarray
+    gates: np.ndarray
+    labels: np.ndarray
+
+
+class Scored(NamedTuple):
+    """A policy's view of a trace.
+
+    Attributes:
+      logits: `[N, E, C]`, what the policy answers at each exit.
+      scores: `[N, E]`, how sure it is there.
+    """
+
+    logits: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """`[N, E]` int, the class answered at each exit."""
+        return self.logits.argmax(-1)
+
+
+class Routed(NamedTuple):
+    """Where each sample leaves, and with which answer.
+
+    Attributes:
+      exits: `[N]` int, 0-based.
+      logits: `[N, C]`.
+    """
+
+    exits: np.ndarray
+    logits: np.ndarray
+
+
+def collect(
+    network: EarlyExitNetwork,
+    variables: Variables,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch: int = 500,
+) -> Trace:
+    """Runs the whole network once over a split and records what every head says.
+
+    Every call is padded to `batch`, so that one program serves all splits.
+
+    Args:
+      network: E exits.
+      variables: as `network.init` gives.
+      images: `[N, ...]`.
+      labels: `[N]` int.
+      batch: samples a call.
+
+    Raises:
+      ValueError: no images, or not as many labels.
+    """
+    if len(images) == 0 or len(images) != len(labels):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels; give as many of both.")
+    outputs = []
+    for start in range(0, len(images), batch):
+        some = images[start : start + batch]
+        padding = [(0, batch - len(some))] + [(0, 0)] * (some.ndim - 1)
+        output = _compiled_heads()(network, variables, jnp.asarray(np.pad(some, padding)))
+        outputs.append(jax.device_get(output))
+    return Trace(
+        np.concatenate([o.logits for o in outputs], 1)[:, : len(images)].swapaxes(0, 1),
+        np.concatenate([o.gate for o in outputs], 1)[:, : len(images)].swapaxes(0, 1),
+        np.asarray(labels, np.int32),
+    )
+
+
+@functools.cache
+def _compiled_heads() -> Callable[..., ExitOutput]:
+    """Every head's output; compiled once for a network and a shape, however often it is called."""
+
+    def heads(network: EarlyExitNetwork, variables: Variables, images: jax.Array) -> ExitOutput:
+        return network.apply_all(variables, images)[0]._replace(memory=())
+
+    return jax.jit(heads, static_argnums=0, compiler_options=compiler_options())
+
+
+def score(policy: Policy, trace: Trace) -> Scored:
+    """Steps a policy through every exit of a trace, whether or not it would have stopped."""
+    state = policy.init(len(trace.labels))
+    logits, scores = [], []
+    for e in range(trace.logits.shape[1]):
+        output = ExitOutput(jnp.asarray(trace.logits[:, e]), jnp.asarray(trace.gates[:, e]), ())
+        answer, certainty, state = policy.step(output, state, e)
+        logits.append(np.asarray(answer))
+        scores.append(np.asarray(certainty))
+    return Scored(np.stack(logits, 1), np.stack(scores, 1))
+
+
+def route(scored: Scored, thresholds: Iterable[float]) -> Routed:
+    """Each sample leaves at the first exit whose score reaches its threshold, else at the last.
+
+    Args:
+      scored: N samples, E exits.
+      thresholds: E - 1, one for each exit but the last.
+
+    Raises:
+      ValueError: another number of thresholds, or one that is NaN.
+    """
+    exits = first_exit(scored.scores, check_thresholds(thresholds, scored.scores.shape[1]))
+    return Routed(exits, scored.logits[np.arange(len(exits)), exits])
+
+
+def first_exit(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """`[N]` exits from scores `[N, E]` and thresholds `[E - 1]`."""
+    last = np.ones((len(scores), 1), bool)
+    return np.concatenate([scores[:, :-1] >= thresholds, last], axis=1).argmax(1)
+
+
+def check_thresholds(thresholds: Iterable[float], exits: int) -> np.ndarray:
+    """Thresholds as float32 `[E - 1]`.
+
+    Raises:
+      ValueError: not one for each exit but the last, or one that is NaN.
+    """
+    # Not `list` of an array on a device, which would fetch each number by itself.
+    is_array = isinstance(thresholds, np.ndarray | jax.Array)
+    values = np.asarray(thresholds if is_array else list(thresholds), np.float32)
+    if values.shape != (exits - 1,):
+        given = f"{len(values)} thresholds" if values.ndim == 1 else f"thresholds {values.shape}"
+        raise ValueError(
+            f"{given} for {exits} exits; give {exits - 1}, one for each exit but the last."
+        )
+    if np.isnan(values).any():
+        raise ValueError(f"thresholds {values.tolist()} hold a NaN; give numbers, inf is one.")
+    return values

@@ -1,0 +1,146 @@
+"""Augmentation on the device: pure functions on uint8 images, inside the compiled training step.
+
+What is random (`draw`) is apart from what is done with it (`transform`), so that a test can hand
+both the fast path and a plain reference the same draws. Nothing is converted to float on the way.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Draws(NamedTuple):
+    """The random choices for one batch."""
+
+    shift: (
+        jax.Array
+    )  # int32 [B, 2]; rows and columns by which the view moves, each in [-shift, shift]
+    flip: jax.Array  # bool [B]; mirrored left-right
+    centre: jax.Array  # int32 [B, 2]; row and column of the cutout's centre
+
+
+def draw(key: jax.Array, batch: int, height: int, width: int, *, flip: bool, shift: int) -> Draws:
+    """Draws the random choices for `batch` images of `height` x `width` pixels.
+
+    The keys are split whatever is switched on: switching one off leaves the others' draws alone.
+    """
+    shift_key, flip_key, centre_key = jax.random.split(key, 3)
+    flips = jax.random.bernoulli(flip_key, shape=(batch,)) if flip else jnp.zeros(batch, bool)
+    bounds = jnp.asarray((height, width), jnp.int32)
+    return Draws(
+        shift=jax.random.randint(shift_key, (batch, 2), -shift, shift + 1, jnp.int32),
+        flip=flips,
+        centre=jax.random.randint(centre_key, (batch, 2), 0, bounds[None, :], jnp.int32),
+    )
+
+
+def transform(images: jax.Array, draws: Draws, *, cutout: int, fill: tuple[int, ...]) -> jax.Array:
+    """Shifts (the border reflected, its own pixel not repeated), then mirrors, then cuts out.
+
+    Args:
+      images: uint8 [B, H, W, C].
+      draws: what `draw` gave; shifts must be smaller than H and W.
+      cutout: side of the square in pixels, clipped at the border; 0 is off.
+      fill: C values in 0..255 for the square.
+
+    Returns:
+      uint8 [B, H, W, C].
+    """
+    _, height, width, _ = images.shape
+    row = jnp.arange(height)[None, :]
+    column = jnp.arange(width)[None, :]
+    # out[i, j] = in[rows[i], columns[j]]: shift and mirror are one lookup a row, one a column.
+    rows = _reflect(row + draws.shift[:, :1], height)
+    mirrored = jnp.where(draws.flip[:, None], width - 1 - column, column)
+    columns = _reflect(mirrored + draws.shift[:, 1:], width)
+    # Measured on two CPU cores (jax 0.10.2, B=512, 32x32x3, medians of 15, in ms, shift 2 / 4):
+    #   rows, then columns (this)            0.41 / 0.43
+    #   one gather of pixels                 0.47 / 0.44
+    #   one gather of bytes, flat            0.75 / 0.70
+    #   vmap of dynamic_slice on a padded    1.8  / 1.8    (with the flip; 0.9 without)
+    #   select over the 2 shift + 1 offsets  1.7  / 80     (XLA fuses the chain and recomputes it)
+    #   two one-hot matrix products          6.2  / 4.9
+    #   fori_loop of slices                  7.5  / 7.4
+    out = _take(images, rows[:, :, None, None], axis=1)
+    out = _take(out, columns[:, None, :, None], axis=2)
+    if cutout:
+        top_left = draws.centre - cutout // 2
+        in_rows = (row >= top_left[:, :1]) & (row < top_left[:, :1] + cutout)
+        in_columns = (column >= top_left[:, 1:]) & (column < top_left[:, 1:] + cutout)
+        square = in_rows[:, :, None, None] & in_columns[:, None, :, None]
+        out = jnp.where(square, jnp.asarray(fill, jnp.uint8)[None, None, None, :], out)
+    return out
+
+
+def augment(
+    key: jax.Array,
+    images: jax.Array,
+    *,
+    flip: bool,
+    shift: int,
+    cutout: int,
+    fill: tuple[int, ...],
+) -> jax.Array:
+    """Shifts, mirrors and blanks each image by its own random choice.
+
+    Args:
+      key: a PRNG key.
+      images: uint8 [B, H, W, C].
+      flip: mirror half of the images left-right. Not for digits or letters: a mirrored 2 is no 2.
+      shift: largest shift in pixels, in each direction; 0 is off.
+      cutout: side in pixels of the blanked square, whose centre is uniform over the image; 0 is off
+        (DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552).
+      fill: what fills the square, C values in 0..255; the mean pixel of the training images.
+
+    Returns:
+      uint8 [B, H, W, C].
+
+    Raises:
+      ValueError: the images are not uint8 [B, H, W, C], `fill` has not C values in 0..255, `shift`
+        is not in 0..min(H, W) - 1 (a reflection reaches no further), or `cutout` is negative.
+    """
+    if images.ndim != 4 or images.dtype != jnp.uint8:
+        raise ValueError(f"augment takes uint8 [B, H, W, C], not {images.dtype} {images.shape}")
+    batch, height, width, channels = images.shape
+    if not 0 <= shift < min(height, width):
+        raise ValueError(
+            f"shift={shift} for images of {height}x{width}; give 0 to {min(height, width) - 1}"
+        )
+    if cutout < 0:
+        raise ValueError(f"cutout={cutout}; give a side in pixels, or 0 for none")
+    if len(fill) != channels or not all(0 <= value <= 255 for value in fill):
+        raise ValueError(f"fill={fill} for {channels} channels; give {channels} values in 0..255")
+    if not (flip or shift or cutout):
+        return images
+    draws = draw(key, batch, height, width, flip=flip, shift=shift)
+    return transform(images, draws, cutout=cutout, fill=fill)
+
+
+def epoch_order(key: jax.Array, n: int, batch: int) -> jax.Array:
+    """A random order of `n` images in whole batches; the `n % batch` left over sit this epoch out.
+
+    Returns:
+      int32 [n // batch, batch], no index twice.
+
+    Raises:
+      ValueError: there are fewer images than one batch takes, and the epoch would be empty.
+    """
+    if not 1 <= batch <= n:
+        raise ValueError(f"a batch of {batch:,} from {n:,} images; give 1 to {n:,}")
+    order = jax.random.permutation(key, np.arange(n, dtype=np.int32))
+    return order[: n // batch * batch].reshape(n // batch, batch)
+
+
+def _reflect(index: jax.Array, size: int) -> jax.Array:
+    """Indices in -size < i < 2 size - 1, mirrored into 0..size - 1 at the centre of the border."""
+    index = jnp.abs(index)
+    return jnp.where(index >= size, 2 * (size - 1) - index, index)
+
+
+def _take(array: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    # The indices are in bounds by construction: XLA need not clamp or fill.
+    return jnp.take_along_axis(array, index, axis, mode="promise_in_bounds")

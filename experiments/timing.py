@@ -1,0 +1,103 @@
+"""Compiled inference against the plain network, in wall-clock time.
+
+Everything a user pays for is inside the timer on both sides: the transfer of the images, dispatch,
+heads, scores, gathering, and fetching the answer. Runs are paired and interleaved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eejax import cost
+from eejax.compiling import compiler_options
+from eejax.inference import Executor, predictor
+from eejax.network import EarlyExitNetwork, Variables
+from eejax.policies import Policy
+
+
+def inference_row(
+    strategy: str,
+    executor: Executor,
+    network: EarlyExitNetwork,
+    variables: Variables,
+    policy: Policy,
+    thresholds: np.ndarray,
+    images: np.ndarray,
+    *,
+    batch: int,
+    batches: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """One row of the report's `inference`.
+
+    The time-ideal is the plain network's time, times work needed over whole work, where a stage with
+    its head weighs its own measured time and counts for the samples that reach it.
+
+    Args:
+      strategy: the executor's name.
+      images: `[N, ...]` on the host, from the front of which `batches` batches are taken.
+      batch: images a call.
+      batches: how many different batches.
+      repeats: interleaved runs of each batch; the median of each counts.
+
+    Raises:
+      ValueError: fewer images than one batch.
+    """
+    batches = min(batches, len(images) // batch)
+    if batches == 0:
+        raise ValueError(f"{len(images)} images for batches of {batch}; give a smaller batch.")
+    predict = predictor(network, policy, executor, max_batch=max(256, 1 << (batch - 1).bit_length()))
+    limits = jnp.asarray(thresholds)
+    plain = fastest_plain(network, variables, images[:batch])
+    pieces = [images[i * batch : (i + 1) * batch] for i in range(batches)]
+    reach = np.zeros(network.num_exits)
+    times = []
+    for piece in pieces:
+        exits = np.asarray(predict(variables, limits, piece).exits)
+        reach += [(exits >= e).sum() for e in range(network.num_exits)]
+        both = cost.paired_seconds(
+            [
+                lambda piece=piece: np.asarray(plain(variables, piece)),
+                lambda piece=piece: np.asarray(predict(variables, limits, piece).labels),
+            ],
+            repeats,
+        )
+        times.append(both)
+    stages = cost.stage_seconds(network, variables, jnp.asarray(pieces[0]), max(repeats, 10))
+    plain_ms, early_ms = 1e3 * np.median(times, axis=2).mean(0)
+    needed = (stages * reach).sum() / (stages.sum() * batch * batches)
+    low, high = np.quantile(times, (0.25, 0.75), axis=2).mean(1)
+    return {
+        "strategy": strategy,
+        "batch": batch,
+        "ms": early_ms,
+        "full_ms": plain_ms,
+        "ideal_ms": plain_ms * needed,
+        "speedup": plain_ms / early_ms,
+        "efficiency": plain_ms * needed / early_ms,
+        "spread": float(1e3 * (high - low)[1] / early_ms),
+        "stage_ms": (1e3 * stages).tolist(),
+        "exit_fractions": (-np.diff(np.append(reach, 0)) / (batch * batches)).tolist(),
+    }
+
+
+def fastest_plain(
+    network: EarlyExitNetwork, variables: Variables, images: np.ndarray
+) -> Callable[[Variables, Any], jax.Array]:
+    """The plain network, images to labels `[B]`, compiled with whichever options are quicker here."""
+
+    def labels(variables: Variables, images: jax.Array) -> jax.Array:
+        return network.apply_plain(variables, images).argmax(-1).astype(jnp.int32)
+
+    candidates = [jax.jit(labels, compiler_options=o) for o in (compiler_options(), {})]
+    if not compiler_options():
+        return candidates[0]
+    times = cost.paired_seconds(
+        [lambda c=c: np.asarray(c(variables, images)) for c in candidates], repeats=10
+    )
+    return candidates[int(np.median(times, axis=1).argmin())]

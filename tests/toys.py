@@ -1,0 +1,178 @@
+"""Toy networks and policies for the tests, as plain pairs of functions.
+
+Weights, images and thresholds are small integers in float32, so that the arithmetic is exact: two
+programs give the same bits, and a score that equals a threshold is a real tie.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eejax import policies
+from eejax.network import EarlyExitNetwork, ExitOutput, Module
+from eejax.policies import Policy
+
+CLASSES = 3
+WIDTH = 4
+INPUTS = 3
+
+
+def integers(key, *shape, high=2):
+    """Whole numbers in [-high, high], in float32."""
+    return jax.random.randint(key, shape, -high, high + 1).astype(jnp.float32)
+
+
+def some_images(seed, count):
+    return np.random.default_rng(seed).integers(-2, 3, (count, INPUTS)).astype(np.float32)
+
+
+@functools.cache
+def _init(network):
+    return jax.jit(network.init)
+
+
+def variables(network, seed=0):
+    return _init(network)(jax.random.key(seed), jnp.zeros((1, INPUTS)))
+
+
+def _stage(e: int, watch: Callable[[int, Any], None]) -> Module:
+    inputs = INPUTS if e == 0 else WIDTH
+
+    def init(key, features):
+        del features
+        return {"params": {"kernel": integers(key, inputs, WIDTH)}}
+
+    def apply(variables, features, *, train):
+        del train
+        x = features if e == 0 else features["x"]
+        watch(e, x)
+        kernel = variables["params"]["kernel"]
+        if e == 0:
+            grid, ticks = jnp.zeros((x.shape[0], 2, 3)), jnp.arange(x.shape[0], dtype=jnp.int32)
+            ticks = jnp.zeros_like(ticks)
+        else:
+            grid, ticks = features["more"]
+        x = jnp.clip(x @ kernel + grid[:, 0, :1], -8, 8)
+        grid = jnp.clip(grid + x[:, :2, None], -5, 5)
+        features = {"x": x, "more": [grid, ticks + 1]}
+        return features, variables.get("batch_stats", {})
+
+    return Module(init, apply)
+
+
+def _head(e: int) -> Module:
+    def init(key, features, memory):
+        del features, memory
+        for_logits, for_gate = jax.random.split(key)
+        return {
+            "params": {
+                "logits": integers(for_logits, WIDTH, CLASSES),
+                "gate": integers(for_gate, WIDTH, high=1),
+            }
+        }
+
+    def apply(variables, features, memory, *, train):
+        del train
+        params = variables["params"]
+        grid, ticks = features["more"]
+        logits = features["x"] @ params["logits"] + grid[:, 1]
+        gate = features["x"] @ params["gate"]
+        if e:
+            logits = logits + memory["said"]
+            gate = gate + memory["seen"][0]
+        gate = jnp.clip(gate, -4, 4)
+        said = jnp.clip(logits, -3, 3) * (ticks == e + 1)[:, None].astype(jnp.float32)
+        memory = {"said": said, "seen": [said.max(-1)]}
+        return ExitOutput(logits, gate, memory), variables.get("batch_stats", {})
+
+    return Module(init, apply)
+
+
+def _nobody(e: int, x: Any) -> None:
+    del e, x
+
+
+def network(exits: int, watch: Callable[[int, Any], None] = _nobody) -> EarlyExitNetwork:
+    """Features are a dict with a list in it; each head's logits depend on the memory of the last.
+
+    Args:
+      exits: E.
+      watch: called with each stage's number and input, while it is traced.
+    """
+    return EarlyExitNetwork(
+        tuple(_stage(e, watch) for e in range(exits)), tuple(_head(e) for e in range(exits))
+    )
+
+
+shared_network = functools.cache(network)
+
+
+class Rows:
+    """Counts the rows that each stage is really given to compute, when the program runs."""
+
+    def __init__(self, exits: int):
+        self.counts = [0] * exits
+
+    def watch(self, e, x):
+        def add(rows):
+            self.counts[e] += int(rows)
+
+        jax.debug.callback(add, jnp.int32(x.shape[0]))
+
+    def read(self):
+        jax.effects_barrier()
+        counts, self.counts = self.counts, [0] * len(self.counts)
+        return counts
+
+
+def _patience() -> Policy:
+    """How many exits in a row gave the same class (PABEE); the state is the class and the count."""
+
+    def init(batch_size):
+        return jnp.full(batch_size, -1, jnp.int32), jnp.zeros(batch_size, jnp.float32)
+
+    def step(output, state, e):
+        del e
+        before, count = state
+        now = output.logits.argmax(-1).astype(jnp.int32)
+        count = jnp.where(now == before, count + 1, 0)
+        return output.logits, count, (now, count)
+
+    return Policy(init, step)
+
+
+def _running_sum() -> Policy:
+    """Answers with the sum of the logits so far, as sure as the sum of the gates so far."""
+
+    def init(batch_size):
+        return {"logits": jnp.zeros((batch_size, CLASSES)), "gate": jnp.zeros(batch_size)}
+
+    def step(output, state, e):
+        del e
+        state = {"logits": state["logits"] + output.logits, "gate": state["gate"] + output.gate}
+        return state["logits"], state["gate"], state
+
+    return Policy(init, step)
+
+
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+POLICIES = {
+    "gate": policies.gate,
+    "patience": _patience(),
+    "running sum": _running_sum(),
+    "max_prob": policies.max_prob,
+    "margin": policies.margin,
+    "entropy": policies.entropy,
+    "max_prob, temperatures": policies.with_temperatures(policies.max_prob, TEMPERATURES),
+    "running sum, temperatures": policies.with_temperatures(_running_sum(), TEMPERATURES),
+}
+
+# Scores of the others go through exp and log, and may differ in the last bits between programs.
+EXACT = ("gate", "patience", "running sum", "running sum, temperatures")
