@@ -1,4 +1,4 @@
-"""What each stage and each head costs: multiply-accumulates from XLA's analysis, and measured time."""
+"""What each stage and head costs: multiply-accumulates by XLA's analysis, and measured time."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Costs(NamedTuple):
 def macs(network: EarlyExitNetwork, variables: Variables, images: Any) -> Costs:
     """Multiply-accumulates of each stage and each head for one sample.
 
-    XLA's analysis of the program before optimisation counts two operations for a multiply-accumulate
-    and one for every elementwise one; half of the total is what is returned. Products with a
-    convolution's zero padding are not counted. Nothing is compiled or run, so that the answer is the
-    same on every device.
+    XLA's analysis of the program before optimisation counts two operations for a
+    multiply-accumulate and one for every elementwise one; half of the total is what is returned.
+    Products with a convolution's zero padding are not counted. Nothing is compiled or run, so that
+    the answer is the same on every device.
 
     Args:
       network: E exits.
@@ -80,9 +80,7 @@ def stage_seconds(
     return np.median(times, axis=1)
 
 
-def paired_seconds(
-    calls: Sequence[Callable[[], Any]], repeats: int, warmup: int = 2
-) -> np.ndarray:
+def paired_seconds(calls: Sequence[Callable[[], Any]], repeats: int, warmup: int = 2) -> np.ndarray:
     """Seconds of each call, `[len(calls), repeats]`: A B C A B C ..., so that a machine whose speed
     drifts is unfair to none. A call's result is waited for."""
     times = np.zeros((len(calls), repeats))

@@ -5,9 +5,9 @@ for fast inference*, ICASSP 2020. The paper mixes from the last exit backwards,
 
     f_e = g_e p_e + (1 - g_e) f_{e+1},    f_E = p_E,    g_e = sigmoid(gate_e),
 
-which is the expectation `f_1 = sum_e pi_e p_e` over `pi_e = g_e prod_{j<e} (1 - g_j)`, with the last
-exit taking what is left. Everything here works with `log pi`, so that gates far from zero neither
-vanish nor overflow.
+which is the expectation `f_1 = sum_e pi_e p_e` over `pi_e = g_e prod_{j<e} (1 - g_j)`, with the
+last exit taking what is left. Everything here works with `log pi`, so that gates far from zero
+neither vanish nor overflow.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -50,7 +51,7 @@ def mixed_log_probabilities(logits: Array, gates: Array) -> Array:
     return jax.nn.logsumexp(log_exit_distribution(gates)[..., None] + log_p, axis=0)
 
 
-def expected_cost(gates: Array, cumulative_cost: Array) -> Array:
+def expected_cost(gates: Array, cumulative_cost: Array | np.ndarray) -> Array:
     """`sum_e pi_e c_e`, `[B]`; its recursion `c_e = g_e c_e + (1 - g_e) c_{e+1}` is our reading of
     the paper's cost term.
 
@@ -60,7 +61,7 @@ def expected_cost(gates: Array, cumulative_cost: Array) -> Array:
     """
     chex.assert_rank([gates, cumulative_cost], [2, 1])
     pi = jnp.exp(log_exit_distribution(gates))
-    return (pi * cumulative_cost[:, None]).sum(0)
+    return (pi * jnp.asarray(cumulative_cost, jnp.float32)[:, None]).sum(0)
 
 
 def collapse(gates: Array) -> tuple[Array, Array]:

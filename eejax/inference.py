@@ -233,8 +233,7 @@ def _compact_stage(
             return done + size, kept, packed, (logits, exits)
 
         carry = lax.while_loop(more, step, carry)
-    _, kept, packed, answers = carry
-    return packed, kept, answers
+    return carry[2], carry[1], carry[3]
 
 
 def _exits(

@@ -1,7 +1,7 @@
 """What training minimises, as pure functions of stacked logits `[E, B, C]`; each returns `[B]`.
 
-Targets are distributions `[B, C]`, so that label smoothing is the caller's. The soft losses are those
-of Scardapane et al., ICASSP 2020, and what was found since to keep them from collapsing; add
+Targets are distributions `[B, C]`, so that label smoothing is the caller's. The soft losses are
+those of Scardapane et al., ICASSP 2020, and what was found since to keep them from collapsing; add
 `cost_weight * gates.expected_cost(...)` for the paper's cost regulariser.
 """
 

@@ -74,7 +74,7 @@ def _without_top(log_p: Array) -> Array:
 def _entropy(output: ExitOutput) -> Array:
     """`sum_k p_k log p_k / log C`, in [-1, 0]: the negative normalised entropy."""
     log_p = jax.nn.log_softmax(output.logits)
-    # A class that is ruled out, by a logit of minus infinity or one far below the others, adds zero.
+    # A class that is ruled out, by a logit of minus infinity or one far below the rest, adds zero.
     terms = jnp.where(jnp.isneginf(log_p), 0.0, jnp.exp(log_p) * log_p)
     # With one class there is no doubt, and log C is zero.
     return jnp.clip(terms.sum(-1) / math.log(max(log_p.shape[-1], 2)), -1.0, 0.0)

@@ -1,14 +1,15 @@
 """Thresholds for a mean-cost budget and for an accuracy drop, chosen on a held-out trace.
 
-`for_budget` and `for_drop` search one threshold for each exit. With the other thresholds fixed, the best
-one for exit e is exact and cheap to find: order the samples that reach e by score, add up what each
-gains by leaving here instead of going on, and stop at the largest sum. Sweeping this over the exits, at
-a price per unit of cost that runs from nothing to everything, traces the frontier of accuracy against
-cost (a Lagrangian search); the frontier's best feasible point, a shared threshold's and the geometric
-one's are then polished by the same move under the constraint itself, and the best of them is kept. So
-the result is never worse on the held-out data than those. Nothing is random.
+`for_budget` and `for_drop` search one threshold for each exit. With the other thresholds fixed, the
+best one for exit e is exact and cheap to find: order the samples that reach e by score, add up what
+each gains by leaving here instead of going on, and stop at the largest sum. Sweeping this over the
+exits, at a price per unit of cost that runs from nothing to everything, traces the frontier of
+accuracy against cost (a Lagrangian search). The best feasible point of that frontier, of a grid of
+shared thresholds and of geometric ones is then polished by the same move under the constraint
+itself. So the result is never worse on the held-out data than those. Nothing is random.
 
-`geometric` is MSDNet's one-parameter search (Huang et al., ICLR 2018, https://arxiv.org/abs/1703.09844).
+`geometric` is MSDNet's one-parameter search (Huang et al., ICLR 2018,
+https://arxiv.org/abs/1703.09844).
 
 Costs are the cumulative costs of leaving at each exit, in any unit; budgets are in the same unit.
 A chosen threshold lies halfway between two held-out scores, away from both, so that rounding in
@@ -18,7 +19,7 @@ another compiled program does not move a held-out sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def for_budgets(
     scores: np.ndarray, right: np.ndarray, cost: np.ndarray, budgets: Sequence[float] | np.ndarray
 ) -> list[Choice]:
     """`for_budget` for several budgets, of which the larger part of the search is shared."""
-    _check(scores, right, cost)
+    scores, right, cost = _checked(scores, right, cost)
     for budget in budgets:
         _check_budget(cost, budget)
     frontier = _frontier(scores, right, cost)
@@ -73,7 +74,12 @@ def for_budgets(
             (mean_cost, -accuracy, mean_cost > budget * (1 + 1e-9))
         )[0]
 
-    return [_polish(scores, right, cost, frontier, within(budget)) for budget in budgets]
+    choices = []
+    for budget in budgets:
+        even = _even(scores, right, cost, budget)
+        candidates = frontier if even is None else [*frontier, even]
+        choices.append(_polish(scores, right, cost, candidates, within(budget)))
+    return choices
 
 
 def for_drop(scores: np.ndarray, right: np.ndarray, cost: np.ndarray, drop: float) -> Choice:
@@ -88,12 +94,12 @@ def for_drop(scores: np.ndarray, right: np.ndarray, cost: np.ndarray, drop: floa
     Raises:
       ValueError: a negative drop, or arrays that do not fit.
     """
-    _check(scores, right, cost)
+    scores, right, cost = _checked(scores, right, cost)
     if not drop >= 0:
         raise ValueError(f"an accuracy drop of {drop}; give a fraction of at least 0, like 0.01.")
     target = right[:, -1].mean() - drop
 
-    def better(accuracy: np.ndarray, mean_cost: np.ndarray) -> np.ndarray:
+    def better(accuracy: np.ndarray, mean_cost: np.ndarray) -> Any:
         # Cheapest among what is accurate enough; of equals the most accurate.
         return np.lexsort((-accuracy, mean_cost, accuracy < target - 1e-9))[0]
 
@@ -106,10 +112,10 @@ def geometric(
     """MSDNet's search: exit e is to take a share `q^e` of the samples, one `q` for all exits.
 
     The published code takes `q` from a grid for its nominal cost; with tied scores the real cost is
-    another (asked for 3.0, it gave 1.0), and a share below one sample gives an infinite threshold by
-    accident. Here `q` is found by bisection on the cost that the thresholds really have, shares are
-    rounded to the nearest edge between different scores, and a budget that ties keep out of reach
-    is refused.
+    another (asked for 3.0, it gave 1.0), and a share below one sample gives an infinite threshold
+    by accident. Here `q` is found by bisection on the cost that the thresholds really have, shares
+    are rounded to the nearest edge between different scores, and a budget that ties keep out of
+    reach is refused.
 
     Args:
       scores: `[N, E]`.
@@ -121,24 +127,17 @@ def geometric(
     Raises:
       ValueError: a budget that cannot be hit, or arrays that do not fit.
     """
-    _check(scores, right, cost)
+    scores, right, cost = _checked(scores, right, cost)
     _check_budget(cost, budget)
     if budget >= cost[-1]:
         return evaluate(scores, right, cost, np.full(len(cost) - 1, np.inf, np.float32))
-    low, high, best = -12.0, 12.0, None
-    for _ in range(50):
-        middle = (low + high) / 2
-        choice = evaluate(scores, right, cost, _shares(scores, np.exp(middle)))
-        if choice.mean_cost <= budget * (1 + 1e-9):
-            low = middle
-            best = choice if best is None or choice.mean_cost >= best.mean_cost else best
-        else:
-            high = middle
+    best = _even(scores, right, cost, budget)
     if best is None or best.mean_cost < budget * (1 - tolerance):
         found = "none" if best is None else f"{best.mean_cost:.4g}"
         raise ValueError(
-            f"a mean cost of {budget:.4g} cannot be hit: the nearest below it is {found}, because too "
-            "many scores are equal; use a policy with finer scores, or another budget."
+            f"a mean cost of {budget:.4g} cannot be hit: the nearest below it is {found}, because "
+            "too many scores are equal, or samples too few; use a policy with finer scores, or "
+            "another budget."
         )
     return best
 
@@ -159,8 +158,22 @@ def shared(scores: np.ndarray, right: np.ndarray, cost: np.ndarray, count: int) 
     return [evaluate(scores, right, cost, np.full(exits, t, np.float32)) for t in edges]
 
 
+def _even(scores: np.ndarray, right: np.ndarray, cost: np.ndarray, budget: float) -> Choice | None:
+    """The dearest geometric thresholds found within a budget, if any are."""
+    low, high, best = -12.0, 12.0, None
+    for _ in range(50):
+        middle = (low + high) / 2
+        choice = evaluate(scores, right, cost, _shares(scores, middle))
+        if choice.mean_cost <= budget * (1 + 1e-9):
+            low = middle
+            best = choice if best is None or choice.mean_cost >= best.mean_cost else best
+        else:
+            high = middle
+    return best
+
+
 # The index of the best of several candidates, from their accuracies and mean costs.
-_Better = Callable[[np.ndarray, np.ndarray], np.ndarray]
+_Better = Callable[[np.ndarray, np.ndarray], Any]
 
 
 def _frontier(scores: np.ndarray, right: np.ndarray, cost: np.ndarray) -> list[Choice]:
@@ -168,25 +181,25 @@ def _frontier(scores: np.ndarray, right: np.ndarray, cost: np.ndarray) -> list[C
     exits = scores.shape[1]
     start = np.full(exits - 1, np.inf, np.float32)
     candidates = [evaluate(scores, right, cost, start)]
-    candidates += [
-        evaluate(scores, right, cost, np.where(np.arange(exits - 1) < e, np.inf, -np.inf))
-        for e in range(exits - 1)
-    ]
+    for e in range(exits - 1):
+        always = np.where(np.arange(exits - 1) < e, np.inf, -np.inf).astype(np.float32)
+        candidates.append(evaluate(scores, right, cost, always))
     candidates += shared(scores, right, cost, _SHARED)
-    candidates += [
-        evaluate(scores, right, cost, _shares(scores, q)) for q in np.exp(np.linspace(-4, 4, _SHARED))
-    ]
+    for log_q in np.linspace(-4, 4, _SHARED):
+        candidates.append(evaluate(scores, right, cost, _shares(scores, log_q)))
     orders = [np.argsort(-scores[:, e], kind="stable") for e in range(exits - 1)]
     # From dear to cheap: each price starts from the thresholds of the one before.
     thresholds = start
     for price in np.geomspace(100, 1e-3, _PRICES) / cost[-1]:
+
+        def worth(accuracy: np.ndarray, mean_cost: np.ndarray, price: float = price) -> Any:
+            return np.argmax(accuracy - price * mean_cost)
+
         for _ in range(_SWEEPS):
             before = thresholds
             for e in reversed(range(exits - 1)):
                 # A fresh array each time: what is a candidate already must not change.
-                thresholds = _move(
-                    scores, right, cost, thresholds, e, orders[e], lambda a, c: np.argmax(a - price * c)
-                )
+                thresholds = _move(scores, right, cost, thresholds, e, orders[e], worth)
             if np.array_equal(before, thresholds):
                 break
         candidates.append(evaluate(scores, right, cost, thresholds))
@@ -211,7 +224,7 @@ def _polish(
             best = _pick([best, evaluate(scores, right, cost, moved)], better)
         if best is before:
             break
-    return best
+    return evaluate(scores, right, cost, _centred(scores, best.thresholds))
 
 
 def _pick(candidates: list[Choice], better: _Better) -> Choice:
@@ -231,33 +244,42 @@ def _move(
 ) -> np.ndarray:
     """The thresholds with the best one for exit e, the others fixed.
 
-    `order` are the samples from the highest score at e to the lowest. Candidate k lets the first k of
-    those that reach e leave there.
+    `order` are the samples from the highest score at e to the lowest. Candidate k lets the first k
+    of those that reach e leave there.
     """
-    stops = scores[:, :-1] >= thresholds
-    reach = ~stops[:, :e].any(1)
-    after = np.concatenate([stops[:, e + 1 :], np.ones((len(scores), 1), bool)], 1).argmax(1) + e + 1
-    rows = np.arange(len(scores))
-    now = order[reach[order]]
-    stays = ~reach
-    first = stops[:, :e].argmax(1) if e else np.zeros(len(scores), int)
-    right_else = right[rows, np.where(stays, first, after)].astype(np.float64)
-    cost_else = np.asarray(cost, np.float64)[np.where(stays, first, after)]
+    switched_off = thresholds.copy()
+    switched_off[e] = np.inf
+    otherwise = first_exit(scores, switched_off)  # where each sample leaves if not at e
+    now = order[otherwise[order] > e]
+    right_else = right[np.arange(len(scores)), otherwise].astype(np.float64)
+    cost_else = cost[otherwise]
     right_sum = right_else.sum() + np.cumsum(right[now, e] - right_else[now])
     cost_sum = cost_else.sum() + np.cumsum(cost[e] - cost_else[now])
     accuracy = np.concatenate([[right_else.sum()], right_sum]) / len(scores)
     mean_cost = np.concatenate([[cost_else.sum()], cost_sum]) / len(scores)
     edges = _edges(scores[now, e])
-    chosen = edges[int(better(accuracy[edges], mean_cost[edges]))]
-    return np.concatenate(
-        [thresholds[:e], [_between(scores[now, e], chosen)], thresholds[e + 1 :]]
-    ).astype(np.float32)
+    chosen = int(edges[better(accuracy[edges], mean_cost[edges])])
+    moved = thresholds.copy()
+    moved[e] = _between(scores[now, e], chosen)
+    return moved
+
+
+def _centred(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Thresholds that part the samples in the same way, each halfway between two of them."""
+    centred = thresholds.copy()
+    left = np.ones(len(scores), bool)
+    for e in range(len(thresholds)):
+        descending = -np.sort(-scores[left, e])
+        centred[e] = _between(descending, int((descending >= thresholds[e]).sum()))
+        left &= scores[:, e] < thresholds[e]
+    return centred
 
 
 def _edges(descending: np.ndarray) -> np.ndarray:
     """How many samples a threshold can let through: 0, all, and wherever the score changes."""
     n = len(descending)
-    return np.concatenate([[0], np.flatnonzero(np.diff(descending)) + 1, [n] if n else []]).astype(int)
+    inner = np.flatnonzero(np.diff(descending)) + 1
+    return np.concatenate([[0], inner, [n] if n else []]).astype(int)
 
 
 def _between(descending: np.ndarray, count: int) -> np.float32:
@@ -266,42 +288,50 @@ def _between(descending: np.ndarray, count: int) -> np.float32:
         return np.float32(np.inf)
     if count == len(descending):
         return np.float32(-np.inf)
-    above, below = descending[count - 1], descending[count]
+    above, below = np.float32(descending[count - 1]), np.float32(descending[count])
     middle = np.float32((np.float64(above) + np.float64(below)) / 2)
     return middle if middle > below else above
 
 
-def _shares(scores: np.ndarray, q: float) -> np.ndarray:
+def _shares(scores: np.ndarray, log_q: float) -> np.ndarray:
     """Thresholds with which exit e takes about a share `q^e` of the samples."""
     n, exits = scores.shape
-    share = q ** np.arange(exits) / (q ** np.arange(exits)).sum()
+    power = log_q * np.arange(exits)
+    share = np.exp(power - power.max())
+    share = share / share.sum()
     thresholds = np.full(exits - 1, np.inf, np.float32)
     left = np.ones(n, bool)
     for e in range(exits - 1):
         descending = -np.sort(-scores[left, e], kind="stable")
         edges = _edges(descending)
-        thresholds[e] = _between(descending, edges[np.abs(edges - share[e] * n).argmin()])
+        thresholds[e] = _between(descending, int(edges[np.abs(edges - share[e] * n).argmin()]))
         left &= scores[:, e] < thresholds[e]
     return thresholds
 
 
-def _check(scores: np.ndarray, right: np.ndarray, cost: np.ndarray) -> None:
+def _checked(
+    scores: np.ndarray, right: np.ndarray, cost: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores as float32, as the executors compare them, right as bool, and costs as float64."""
+    scores, right = np.asarray(scores, np.float32), np.asarray(right, bool)
+    cost = np.asarray(cost, np.float64)
     if scores.ndim != 2 or right.shape != scores.shape or np.shape(cost) != scores.shape[1:]:
         raise ValueError(
-            f"scores {scores.shape}, right {right.shape}, cost {np.shape(cost)}; give [N, E], [N, E] "
-            "and [E]."
+            f"scores {scores.shape}, right {right.shape}, cost {np.shape(cost)}; give [N, E], "
+            "[N, E] and [E]."
         )
     if not len(scores):
         raise ValueError("an empty trace; give at least one held-out sample.")
     if not np.isfinite(scores).all():
         raise ValueError("scores hold NaN or infinity; the network or the policy has diverged.")
-    if (np.diff(cost) < 0).any():
-        raise ValueError(f"costs {np.asarray(cost).tolist()} decrease; give cumulative costs.")
+    if not (np.diff(cost) >= 0).all() or not (cost > 0).all():
+        raise ValueError(f"costs {cost.tolist()}; give cumulative costs, positive and increasing.")
+    return scores, right, cost
 
 
 def _check_budget(cost: np.ndarray, budget: float) -> None:
     if not budget >= cost[0]:
         raise ValueError(
-            f"a budget of {budget:.4g}; leaving at the first exit costs {cost[0]:.4g} already, and the "
-            f"whole network {cost[-1]:.4g}; give something between."
+            f"a budget of {budget:.4g}; leaving at the first exit costs {cost[0]:.4g} already, and "
+            f"the whole network {cost[-1]:.4g}; give something between."
         )

@@ -198,8 +198,10 @@ def make_train_step(
         (loss, (batch_stats, right, exit_mean)), gradients = jax.value_and_grad(
             mean_loss, has_aux=True
         )(state.params, state.batch_stats, images, labels)
-        updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-        fine = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradients))
+        # Some of optax's arithmetic relies on implicit promotion, which a caller may have forbidden.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
+        fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
         metrics = Metrics(
             loss,
             right,

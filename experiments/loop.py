@@ -21,6 +21,8 @@ from eejax.training import Metrics, TrainState
 from experiments.augment import epoch_order
 from experiments.data import Split
 
+_order = jax.jit(epoch_order, static_argnums=(1, 2))
+
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 
@@ -45,7 +47,6 @@ class Plan(NamedTuple):
       batch: samples a step.
       steps_per_dispatch: steps a call of the compiled program.
       checkpoint_seconds: between two checkpoints.
-      warm_steps: what is left out of the rate, because it compiles.
     """
 
     epochs: int
@@ -98,7 +99,6 @@ def train(
     _write_rows(workdir, rows)
     seconds = rows[-1]["seconds"] if rows else 0.0
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
-    order = jax.jit(epoch_order, static_argnums=(1, 2))
     began, saved = time.monotonic() - seconds, time.monotonic()
     interactive = console.is_terminal
 
@@ -106,7 +106,7 @@ def train(
         task = bar.add_task("training", total=total, completed=step, facts="compiling")
         while step < total:
             epoch, start = divmod(step, per_epoch)
-            epoch_rows = order(
+            epoch_rows = _order(
                 jax.random.fold_in(jax.random.fold_in(key, 1), epoch), len(split.images), plan.batch
             )
             while start < per_epoch:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -202,11 +204,9 @@ def test_a_sample_whose_scores_are_nan_is_answered_by_the_last_exit(executor):
 def test_compact_agrees_whatever_the_tiles(tiles):
     network = toys.shared_network(4)
     variables = toys.variables(network, 2)
-    images = toys.some_images(2, 12)
-    thresholds = jnp.array([2.0, 1.0, 0.0])
-    args = (network, gate, variables, thresholds, images)
-    whole = jax.jit(lambda: full(*args))()
-    packed = jax.jit(lambda: compact(*args, tiles=tiles))()
+    args = (variables, jnp.array([2.0, 1.0, 0.0]), toys.some_images(2, 12))
+    whole = jax.jit(lambda *args: full(network, gate, *args))(*args)
+    packed = jax.jit(lambda *args: compact(network, gate, *args, tiles=tiles))(*args)
     assert len(set(whole.exits.tolist())) > 2
     jax.tree.map(np.testing.assert_array_equal, packed, whole)
 
@@ -228,8 +228,9 @@ def test_compact_refuses_tiles_that_do_not_nest(tiles):
 @pytest.mark.parametrize("batch", range(1, 300))
 def test_default_tiles_nest_and_fit(batch):
     tiles = inference.default_tiles(batch)
-    assert all(a % b == 0 and a > b for a, b in zip(tiles[:-1], tiles[1:], strict=True))
-    assert 1 <= tiles[-1] and tiles[0] <= max(batch, 1)
+    assert all(a % b == 0 and a > b for a, b in itertools.pairwise(tiles))
+    assert tiles[-1] >= 1
+    assert tiles[0] <= batch
 
 
 # What is left out.
@@ -263,7 +264,8 @@ def test_padding_decides_nothing_in_cond():
     exits = run(variables, some, images, np.int32(8)).exits
     stays = images[np.asarray(exits) == 0]
     goes_on = images[np.asarray(exits) > 0]
-    assert len(stays) and len(goes_on)
+    assert len(stays) > 0
+    assert len(goes_on) > 0
     mixed = np.concatenate([stays[:1], np.repeat(goes_on[:1], 7, 0)])
     rows.read()
     run(variables, some, mixed, np.int32(1)).labels.block_until_ready()
@@ -275,7 +277,14 @@ def test_compact_computes_the_survivors_and_little_more(batch):
     run, variables, images, rows = rows_computed(compact, batch=batch)
     smallest = inference.default_tiles(batch)[-1]
     seen = set()
-    for thresholds in ([0, 0, 0], [3, 2, 1], [OFF, 1, OFF], [OFF] * 3, [ALWAYS, 0, 0], [1, ALWAYS, 0]):
+    for thresholds in (
+        [0, 0, 0],
+        [3, 2, 1],
+        [OFF, 1, OFF],
+        [OFF] * 3,
+        [ALWAYS, 0, 0],
+        [1, ALWAYS, 0],
+    ):
         for count in {batch, max(batch // 3, 1), 0}:
             values = np.array(thresholds, np.float32)
             prediction = run(variables, values, images, np.int32(count))
@@ -402,8 +411,8 @@ def test_a_predictor_compiles_nothing_for_a_new_size_or_new_thresholds(counted):
     assert len(set(everything.exits.tolist())) == 3
     compiled = []
 
-    def listen(event, seconds, **_):
-        del seconds
+    def listen(event: str, duration: float, **_: Any) -> None:
+        del duration
         if "backend_compile" in event:
             compiled.append(event)
 

@@ -19,6 +19,7 @@ from jax import Array
 
 from eejax.adapters import Chain, cut
 from eejax.heads import PooledLinear
+from eejax.models.layers import Norm
 from eejax.network import EarlyExitNetwork
 
 BLOCKS = 4
@@ -40,7 +41,7 @@ class Stem(nn.Module):
             x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
             x = x.reshape(b, h // 2, w // 2, 4 * c)
         x = _conv(self.width, self.dtype)(x.astype(self.dtype))
-        return nn.gelu(_norm(train, self.dtype)(x))
+        return nn.gelu(Norm(scale=False, dtype=self.dtype)(x, train=train))
 
 
 class Block(nn.Module):
@@ -61,7 +62,7 @@ class Block(nn.Module):
             # A maximum over a reshaped array: its gradient is several times quicker on a CPU than
             # that of a window reduction.
             y = y[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
-        y = nn.gelu(_norm(train, self.dtype)(y))
+        y = nn.gelu(Norm(scale=False, dtype=self.dtype)(y, train=train))
         return x + y if self.residual else y
 
 
@@ -97,10 +98,3 @@ def fast(
 def _conv(width: int, dtype: Any) -> nn.Conv:
     init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
     return nn.Conv(width, (3, 3), use_bias=False, dtype=dtype, kernel_init=init)
-
-
-def _norm(train: bool, dtype: Any) -> nn.BatchNorm:
-    # No learned scale: the convolution that follows can make any.
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, use_scale=False, dtype=dtype
-    )

@@ -16,6 +16,7 @@ from jax import Array
 
 from eejax.adapters import Chain, cut
 from eejax.heads import PooledLinear
+from eejax.models.layers import Norm
 from eejax.network import EarlyExitNetwork
 
 _he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -30,7 +31,7 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         x = _conv(self.width, 1, self.dtype)(x.astype(self.dtype))
-        return nn.relu(_norm(train, self.dtype)(x))
+        return nn.relu(Norm(dtype=self.dtype)(x, train=train))
 
 
 class BasicBlock(nn.Module):
@@ -42,8 +43,9 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        y = nn.relu(_norm(train, self.dtype)(_conv(self.width, self.stride, self.dtype)(x)))
-        y = _norm(train, self.dtype)(_conv(self.width, 1, self.dtype)(y))
+        y = _conv(self.width, self.stride, self.dtype)(x)
+        y = nn.relu(Norm(dtype=self.dtype)(y, train=train))
+        y = Norm(dtype=self.dtype)(_conv(self.width, 1, self.dtype)(y), train=train)
         shortcut = x[:, :: self.stride, :: self.stride]
         more = self.width - x.shape[-1]
         shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
@@ -92,10 +94,4 @@ def _conv(width: int, stride: int, dtype: Any) -> nn.Conv:
     # a strided convolution on one side only.
     return nn.Conv(
         width, (3, 3), stride, padding=1, use_bias=False, dtype=dtype, kernel_init=_he
-    )
-
-
-def _norm(train: bool, dtype: Any) -> nn.BatchNorm:
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
     )

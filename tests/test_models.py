@@ -1,0 +1,102 @@
+"""The shipped networks: shapes, cuts, gradients, and what they cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eejax import cost
+from eejax.models.fast import fast
+from eejax.models.resnet import resnet
+
+IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+
+def parameters(network, image=IMAGE) -> int:
+    shapes = jax.eval_shape(network.init, jax.random.key(0), image)
+    return sum(p.size for p in jax.tree.leaves(shapes["params"]))
+
+
+@pytest.mark.parametrize(("depth", "published"), [(20, 0.27), (32, 0.46), (56, 0.85), (110, 1.73)])
+def test_a_plain_resnet_has_the_published_number_of_parameters(depth, published):
+    # He et al., 2016, table 6, in millions, to two digits.
+    plain = parameters(resnet(10, depth=depth, exits=()))
+    assert round(plain / 1e6, 2) == pytest.approx(published, abs=0.011)
+
+
+def test_resnet_56_costs_what_a_count_by_hand_gives():
+    network = resnet(10, depth=56, exits=())
+    shapes = jax.eval_shape(network.init, jax.random.key(0), IMAGE)
+
+    def valid(side: int, stride: int = 1) -> int:
+        """Products of a 3x3 kernel with something else than padding, along one axis."""
+        return sum(
+            0 <= out * stride + k - 1 < side for out in range(side // stride) for k in range(3)
+        )
+
+    by_hand = valid(32) ** 2 * 3 * 16 + 64 * 10
+    for side, width, before in ((32, 16, 16), (16, 32, 16), (8, 64, 32)):
+        stride = 1 if width == 16 else 2
+        by_hand += valid(side * stride, stride) ** 2 * before * width
+        by_hand += 17 * valid(side) ** 2 * width * width
+    macs = cost.macs(network, shapes, IMAGE).cumulative[-1]
+    # XLA counts normalisation, ReLU and additions too, a few operations for each activation.
+    assert by_hand < macs < 1.03 * by_hand
+
+
+@pytest.mark.parametrize("exits", [(), (1,), (2, 3), (1, 2, 3, 4)])
+def test_exits_sit_where_they_are_asked_for_and_the_last_is_always_there(exits):
+    network = fast(7, width=4, exits=exits)
+    assert network.num_exits == len({*exits, 4})
+    outputs = jax.eval_shape(
+        lambda key, x: network.apply_all(network.init(key, x), x)[0], jax.random.key(0), IMAGE
+    )
+    assert outputs.logits.shape == (network.num_exits, 2, 7)
+    assert outputs.gate.shape == (network.num_exits, 2)
+
+
+def test_any_set_of_exits_leaves_the_backbone_as_it_is():
+    few, many = (resnet(10, depth=8, exits=e) for e in ((), (1, 2)))
+    heads = 16 * 10 + 10 + 32 * 10 + 10
+    assert parameters(many) - parameters(few) == heads
+
+
+@pytest.mark.parametrize("exits", [(0,), (5,), (2, 1), (1, 1)])
+def test_exits_that_do_not_exist_are_refused(exits):
+    with pytest.raises(ValueError, match="from 1 to 4"):
+        fast(10, exits=exits)
+    with pytest.raises(ValueError, match="from 1 to 3"):
+        resnet(10, depth=8, exits=exits)
+
+
+@pytest.mark.parametrize("depth", [7, 2, 57])
+def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
+    with pytest.raises(ValueError, match="6n"):
+        resnet(10, depth=depth)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("build", ["fast", "resnet"])
+def test_every_parameter_is_reached_by_gradients(build, dtype):
+    network = (
+        fast(4, width=4, gate=True, dtype=dtype)
+        if build == "fast"
+        else resnet(4, depth=8, width=4, exits=(1, 2), gate=True, dtype=dtype)
+    )
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    variables = network.init(jax.random.key(0), images)
+
+    def loss(params):
+        outputs, stats = network.apply_all({**variables, "params": params}, images, train=True)
+        return (outputs.logits**2).sum() + (outputs.gate**2).sum(), (outputs, stats)
+
+    gradients, (outputs, stats) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    assert outputs.logits.dtype == outputs.gate.dtype == jnp.float32
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert gradient.dtype == jnp.float32, path
+        assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+    for before, after in zip(
+        jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(stats), strict=True
+    ):
+        assert not np.array_equal(before, after)
+        assert after.dtype == jnp.float32

@@ -1,0 +1,237 @@
+"""The seam: stages and heads by themselves, together, and with what comes before them."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from eejax import EarlyExitNetwork, ExitOutput, Module, normalise
+from eejax.adapters import from_linen
+from eejax.heads import PooledLinear
+
+
+class Normed(nn.Module):
+    """A stage with running statistics."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(self.width, (3, 3), use_bias=False)(x)
+        return nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
+
+
+class Wide(nn.Module):
+    """A head whose product is easy to find in a compiled program."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, features, memory, train):
+        pooled = features.mean((1, 2))
+        logits = nn.Dense(3)(nn.tanh(nn.Dense(self.hidden)(pooled)))
+        return ExitOutput(logits, jnp.zeros(len(logits)), ())
+
+
+def linen_network(*hidden):
+    return EarlyExitNetwork(
+        tuple(from_linen(Normed(4)) for _ in hidden), tuple(from_linen(Wide(h)) for h in hidden)
+    )
+
+
+def test_all_at_once_is_stage_by_stage():
+    network = toys.shared_network(4)
+    variables = toys.variables(network)
+    images = jnp.asarray(toys.some_images(0, 6))
+    outputs, _ = network.apply_all(variables, images)
+    features, memory = images, ()
+    for e in range(4):
+        features, _ = network.apply_stage(variables, e, features)
+        output, _ = network.apply_head(variables, e, features, memory)
+        memory = output.memory
+        np.testing.assert_array_equal(outputs.logits[e], output.logits)
+        np.testing.assert_array_equal(outputs.gate[e], output.gate)
+        jax.tree.map(np.testing.assert_array_equal, outputs.memory[e], output.memory)
+    assert outputs.logits.shape == (4, 6, toys.CLASSES)
+    assert outputs.gate.shape == (4, 6)
+    assert len(outputs.memory) == 4
+
+
+def test_memory_reaches_the_next_head():
+    """Or else the toy network of the other tests would prove nothing about it."""
+    network = toys.shared_network(2)
+    variables = toys.variables(network)
+    features, _ = network.apply_stage(variables, 0, jnp.asarray(toys.some_images(0, 6)))
+    first, _ = network.apply_head(variables, 0, features, ())
+    features, _ = network.apply_stage(variables, 1, features)
+    with_memory, _ = network.apply_head(variables, 1, features, first.memory)
+    nothing = jax.tree.map(jnp.zeros_like, first.memory)
+    without, _ = network.apply_head(variables, 1, features, nothing)
+    assert (with_memory.logits != without.logits).any()
+    assert (with_memory.gate != without.gate).any()
+
+
+def test_the_plain_network_is_the_last_exit():
+    network = toys.shared_network(3)
+    variables = toys.variables(network)
+    images = jnp.asarray(toys.some_images(0, 5))
+    np.testing.assert_array_equal(
+        network.apply_plain(variables, images), network.apply_all(variables, images)[0].logits[-1]
+    )
+
+
+def test_the_plain_network_does_not_pay_for_the_other_heads():
+    """The heads' hidden layers are 50, 60 and 70 wide; of them only the last is in the program."""
+    network = linen_network(50, 60, 70)
+    images = jnp.zeros((2, 8, 8, 3))
+    variables = jax.jit(network.init)(jax.random.key(0), images)
+    plain = jax.jit(network.apply_plain).lower(variables, images).compile()
+    every = jax.jit(lambda v, x: network.apply_all(v, x)[0].logits).lower(variables, images)
+    text, everything = plain.as_text(), every.compile().as_text()
+    assert text is not None
+    assert everything is not None
+    for hidden, is_left in ((50, False), (60, False), (70, True)):
+        assert f"f32[2,{hidden}]" in everything
+        assert (f"f32[2,{hidden}]" in text) == is_left
+    # One head alone, with the bare stages, is counted the same to the last operation.
+    bare = EarlyExitNetwork(
+        network.stages,
+        (*[Module(lambda *_: {}, _nothing) for _ in range(2)], network.heads[-1]),
+    )
+    alone = jax.jit(bare.apply_plain).lower(variables, images).compile()
+    assert operations(plain) == operations(alone) > 0
+
+
+def _nothing(variables, features, memory, train):
+    del train
+    zeros = jnp.zeros(len(features))
+    return ExitOutput(zeros[:, None], zeros, ()), variables.get("batch_stats", {})
+
+
+def operations(compiled):
+    return compiled.cost_analysis()["flops"]
+
+
+def test_initial_variables_have_an_entry_a_module():
+    network = linen_network(5, 6)
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert set(variables) == {"params", "batch_stats"}
+    for collection in variables.values():
+        assert len(collection["stages"]) == len(collection["heads"]) == 2
+    assert variables["batch_stats"]["heads"] == ({}, {})
+    assert variables["batch_stats"]["stages"][0]["BatchNorm_0"]["mean"].shape == (4,)
+    kernels = [s["Conv_0"]["kernel"] for s in variables["params"]["stages"]]
+    assert kernels[1].shape == (3, 3, 4, 4)
+    # Modules of one shape do not start from the same numbers.
+    twins = linen_network(5, 5)
+    heads = jax.jit(twins.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]["heads"]
+    assert (heads[0]["Dense_0"]["kernel"] != heads[1]["Dense_0"]["kernel"]).all()
+
+
+def test_training_returns_new_statistics_and_leaves_the_old_ones_alone():
+    network = linen_network(5, 6)
+    images = jax.random.normal(jax.random.key(1), (6, 8, 8, 3)) * 3 + 1
+    variables = jax.jit(network.init)(jax.random.key(0), images)
+    before = jax.tree.map(lambda x: np.array(x), variables)
+    outputs, stats = jax.jit(lambda v, x: network.apply_all(v, x, train=True))(variables, images)
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    assert jax.tree.structure(stats) == jax.tree.structure(variables["batch_stats"])
+    # By hand for the first stage: momentum one half, and the batch's own mean of the convolution.
+    kernel = variables["params"]["stages"][0]["Conv_0"]["kernel"]
+    convolved = jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    fresh = stats["stages"][0]["BatchNorm_0"]
+    np.testing.assert_allclose(fresh["mean"], 0.5 * convolved.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(fresh["var"], 0.5 + 0.5 * convolved.var((0, 1, 2)), rtol=1e-4)
+    # Without training they come back as they went in, and the answers do not depend on the batch.
+    _, same = jax.jit(network.apply_all)(variables, images)
+    jax.tree.map(np.testing.assert_array_equal, same, variables["batch_stats"])
+    alone = jax.jit(lambda v, x: network.apply_all(v, x)[0].logits)
+    np.testing.assert_allclose(
+        alone(variables, images)[:, :1], alone(variables, images[:1]), rtol=1e-4, atol=1e-5
+    )
+    assert np.abs(outputs.logits - alone(variables, images)).max() > 1e-3
+
+
+def test_a_linen_module_without_statistics_trains_too():
+    module = from_linen(PooledLinear(3, gate=True))
+    features = jnp.ones((2, 4, 4, 5))
+    variables = module.init(jax.random.key(0), features, ())
+    output, stats = module.apply(variables, features, (), train=True)
+    assert stats == {}
+    assert output.logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("pool", ["average", "both"])
+def test_a_pooled_head_answers_in_float32(kind, pool):
+    head = from_linen(PooledLinear(3, gate=True, pool=pool))
+    features = jax.random.normal(jax.random.key(0), (4, 5, 6, 7)).astype(kind)
+    variables = head.init(jax.random.key(1), features, ())
+    output, _ = head.apply(variables, features, (), train=False)
+    assert output.logits.dtype == output.gate.dtype == jnp.float32
+    pooled = np.float32(features).mean((1, 2))
+    if pool == "both":
+        pooled = np.concatenate([pooled, np.float32(features).max((1, 2))], -1)
+    params = variables["params"]
+    np.testing.assert_allclose(
+        output.logits, pooled @ params["classifier"]["kernel"], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        output.gate, (pooled @ params["gate"]["kernel"])[:, 0] - 1, rtol=1e-4, atol=1e-5
+    )
+    assert output.memory == ()
+    silent = from_linen(PooledLinear(3, pool=pool))
+    output, _ = silent.apply(
+        silent.init(jax.random.key(1), features, ()), features, (), train=False
+    )
+    assert output.gate.tolist() == [0] * 4
+
+
+def test_reading_normalises_raw_images_inside_the_first_stage():
+    network = linen_network(5, 6)
+    mean, std = (125.0, 122.5, 114.0), (63.0, 62.0, 66.5)
+    raw = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    by_hand = ((raw.astype(np.float64) - mean) / std).astype(np.float32)
+    reading = network.reading(normalise(mean, std))
+    variables = jax.jit(reading.init)(jax.random.key(0), raw)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        variables,
+        jax.jit(network.init)(jax.random.key(0), jnp.asarray(by_hand)),
+    )
+    for train in (False, True):
+        got, stats = jax.jit(functools.partial(reading.apply_all, train=train))(variables, raw)
+        expected, expected_stats = jax.jit(functools.partial(network.apply_all, train=train))(
+            variables, by_hand
+        )
+        np.testing.assert_allclose(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stats, expected_stats
+        )
+    assert reading.num_exits == 2
+    preprocessed = normalise(mean, std)(jnp.asarray(raw))
+    assert preprocessed.dtype == jnp.float32
+    np.testing.assert_allclose(preprocessed, by_hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((1.0, 2.0), (1.0,)), ((1.0,), (0.0,)), ((1.0,), (float("nan"),))]
+)
+def test_normalising_needs_a_mean_and_a_positive_deviation_a_channel(mean, std):
+    with pytest.raises(ValueError, match="give one of each a channel, std positive"):
+        normalise(mean, std)
+
+
+@pytest.mark.parametrize(("stages", "heads"), [(0, 0), (2, 1), (1, 2)])
+def test_a_network_needs_a_head_for_each_stage(stages, heads):
+    network = toys.shared_network(2)
+    with pytest.raises(ValueError, match=f"{stages} stages and {heads} heads; give at least one"):
+        EarlyExitNetwork(network.stages[:stages], network.heads[:heads])

@@ -1,0 +1,124 @@
+"""The reference router, against a loop over samples, and the recording of traces."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eejax import Trace, collect, gate, route, score
+from eejax.routing import Scored, check_thresholds
+
+
+def one_by_one(scored, thresholds):
+    """Exits and answers, a sample and an exit at a time."""
+    exits, answers = [], []
+    for n in range(len(scored.scores)):
+        e = 0
+        while e < len(thresholds) and not scored.scores[n, e] >= thresholds[e]:
+            e += 1
+        exits.append(e)
+        answers.append(scored.logits[n, e])
+    return exits, answers
+
+
+@given(seed=st.integers(0, 2**20), exits=st.integers(1, 6), count=st.integers(1, 40))
+def test_routing_is_the_loop_over_samples(seed, exits, count):
+    random = np.random.default_rng(seed)
+    special = [-np.inf, np.inf, *range(-3, 4)]
+    scores = random.choice([*range(-3, 4), np.nan], (count, exits)).astype(np.float32)
+    scored = Scored(random.normal(size=(count, exits, 3)).astype(np.float32), scores)
+    thresholds = random.choice(special, exits - 1)
+    routed = route(scored, thresholds)
+    expected_exits, expected_logits = one_by_one(scored, thresholds)
+    np.testing.assert_array_equal(routed.exits, expected_exits)
+    np.testing.assert_array_equal(routed.logits, expected_logits)
+
+
+def test_a_score_equal_to_the_threshold_stops():
+    scored = Scored(np.zeros((1, 2, 2)), np.array([[0.1, 0.0]], np.float32))
+    assert route(scored, [0.1]).exits.tolist() == [0]
+    assert route(scored, [np.nextafter(np.float32(0.1), np.float32(1))]).exits.tolist() == [1]
+
+
+def test_infinite_thresholds_switch_an_exit_off_or_always_on():
+    scored = Scored(np.zeros((3, 4, 2)), np.full((3, 4), 3e38, np.float32))
+    assert route(scored, [np.inf, np.inf, np.inf]).exits.tolist() == [3] * 3
+    assert route(scored, [np.inf, -np.inf, np.inf]).exits.tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, jnp.array, iter])
+def test_thresholds_of_every_kind_become_float32(kind):
+    values = check_thresholds(kind([0.5, 1.5]), 3)
+    assert values.dtype == np.float32
+    assert values.tolist() == [0.5, 1.5]
+
+
+def test_thresholds_that_do_not_fit_are_refused():
+    scored = Scored(np.zeros((2, 5, 3)), np.zeros((2, 5), np.float32))
+    message = "3 thresholds for 5 exits; give 4, one for each exit but the last."
+    with pytest.raises(ValueError, match=message):
+        route(scored, [1, 2, 3])
+    with pytest.raises(ValueError, match="hold a NaN"):
+        route(scored, [1, 2, np.nan, 3])
+
+
+def test_scoring_carries_the_state_from_exit_to_exit():
+    gates = np.random.default_rng(0).integers(-3, 4, (7, 4)).astype(np.float32)
+    logits = np.random.default_rng(1).integers(-3, 4, (7, 4, toys.CLASSES)).astype(np.float32)
+    trace = Trace(logits, gates, np.zeros(7, np.int32))
+    scored = score(toys.POLICIES["running sum"], trace)
+    np.testing.assert_array_equal(scored.scores, gates.cumsum(1))
+    np.testing.assert_array_equal(scored.logits, logits.cumsum(1))
+    np.testing.assert_array_equal(scored.predictions, logits.cumsum(1).argmax(-1))
+    np.testing.assert_array_equal(score(gate, trace).scores, gates)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 4), (8, 4), (3, 500), (1, 1)])
+def test_a_trace_is_what_the_whole_network_says(count, batch):
+    network = toys.shared_network(3)
+    variables = toys.variables(network, 1)
+    images = toys.some_images(0, count)
+    labels = np.arange(count)
+    trace = collect(network, variables, images, labels, batch=batch)
+    outputs, _ = jax.jit(network.apply_all)(variables, images)
+    np.testing.assert_array_equal(trace.logits, outputs.logits.swapaxes(0, 1))
+    np.testing.assert_array_equal(trace.gates, outputs.gate.swapaxes(0, 1))
+    np.testing.assert_array_equal(trace.labels, labels)
+    assert trace.logits.shape == (count, 3, toys.CLASSES)
+    assert (trace.logits.dtype, trace.gates.dtype) == (np.float32, np.float32)
+    assert trace.labels.dtype == np.int32
+
+
+def test_one_program_records_every_split():
+    """Traced once for a batch size: not for the padded last batch, nor for another split."""
+    traced = []
+    network = toys.network(2, lambda e, x: traced.append(x.shape[0]))
+    variables = toys.variables(network)
+    traced.clear()
+    for count in (10, 3, 8):
+        collect(network, variables, toys.some_images(0, count), np.zeros(count), batch=4)
+    assert traced == [4, 4]  # one trace, of two stages
+
+
+def test_recording_reads_raw_images_and_forgets_the_memories():
+    network = dataclasses.replace(toys.network(2)).reading(lambda x: x.astype(jnp.float32) - 2)
+    variables = toys.variables(network)
+    raw = np.random.default_rng(0).integers(0, 5, (6, toys.INPUTS)).astype(np.uint8)
+    trace = collect(network, variables, raw, np.zeros(6), batch=4)
+    plain = collect(toys.network(2), variables, raw.astype(np.float32) - 2, np.zeros(6), batch=4)
+    np.testing.assert_array_equal(trace.logits, plain.logits)
+
+
+@pytest.mark.parametrize(("images", "labels"), [(0, 0), (3, 2), (2, 3)])
+def test_splits_that_are_empty_or_do_not_match_are_refused(images, labels):
+    network = toys.shared_network(2)
+    message = f"{images} images and {labels} labels; give as many of both"
+    with pytest.raises(ValueError, match=message):
+        collect(network, {}, toys.some_images(0, images), np.zeros(labels))
