@@ -2,8 +2,8 @@
 
     python -m experiments.cifar --config configs/cifar10_resnet.py
 
-Not measured yet on any machine. Networks of this size reach 94 % to 95 % in the literature; the aim is
-93.5 % at the last exit.
+Not measured yet on any machine. Networks of this size reach 94 % to 95 % in the literature; the
+aim is 93.5 % at the last exit.
 
 He et al., *Deep residual learning for image recognition*, CVPR 2016,
 https://arxiv.org/abs/1512.03385; exits as in BranchyNet (Teerapittayanon et al., ICPR 2016).

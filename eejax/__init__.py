@@ -1,10 +1,11 @@
 """Early-exit neural networks in JAX.
 
-A network is a backbone cut into stages with a head after each (`network`); a policy says when to stop
-(`policies`); thresholds come from a held-out trace (`routing`, `thresholds`); an executor stops every
-sample at its own exit (`inference`).
+A network is a backbone cut into stages with a head after each (`network`); a policy says when to
+stop (`policies`); thresholds come from a held-out trace (`routing`, `thresholds`); an executor
+stops every sample at its own exit (`inference`).
 """
 
+from eejax import losses
 from eejax.calibration import fit_temperatures
 from eejax.cost import Costs, macs
 from eejax.inference import Prediction, compact, cond, full, predictor
@@ -36,6 +37,7 @@ __all__ = [
     "full",
     "gate",
     "geometric",
+    "losses",
     "macs",
     "margin",
     "max_prob",

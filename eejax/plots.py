@@ -236,18 +236,14 @@ def summary(report: Mapping[str, Any]) -> Figure:
     """A run in one picture: the cost curve, and beside it the exit histogram.
 
     Args:
-        report: the content of report.json. Of more than six policies the first of each name is
-            in the histogram.
+        report: the content of report.json. The histogram shows the report's leading target.
 
     Raises:
         ValueError: the report has no exit.
     """
-    policies = policies_with_result(report)
+    policies = leading_policies(report)[: len(_COLOURS)]
     colours = policy_colours(report)
     points = chosen_points(report)
-    if len(policies) > len(_COLOURS):
-        first = {p["name"]: p for p in reversed(policies)}
-        policies = [p for p in policies if p is first[p["name"]]][: len(_COLOURS)]
     with matplotlib.rc_context(_STYLE):
         height = max(4.6, 1.1 + 0.8 * len(policies))
         figure = Figure(figsize=(11.5 if policies else 8.4, height), layout="constrained")
@@ -310,6 +306,18 @@ def policies_with_result(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
     keys = ("accuracy", "exit_fractions")
     return [p for p in report["policies"] if all(known(p.get(key)) for key in keys)]
+
+
+def leading_policies(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The policies at one target, each once: at `report["target"]`, else at the first one's.
+
+    Of two searches for the same target the geometric one is left out.
+    """
+    known = [p for p in policies_with_result(report) if p.get("search") != "geometric"]
+    target = report.get("target")
+    if not any(p.get("target") == target for p in known):
+        target = known[0].get("target") if known else None
+    return [p for p in known if p.get("target") == target]
 
 
 def policy_colours(report: Mapping[str, Any]) -> dict[str, str]:

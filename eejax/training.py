@@ -101,12 +101,13 @@ def make_train_steps(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled `train_steps(state, key, images, labels, order, start, count)`.
 
-    It takes `count` steps, from row `start` of `order`; both are arguments, so that one program serves
-    any number of steps. The state is donated.
+    It takes `count` steps, from row `start` of `order`; both are arguments, so that one program
+    serves any number of steps. The state is donated.
 
-    On an accelerator that is one dispatch. On a CPU it is one for each step, which costs nothing there:
-    XLA brings the convolutions of a gradient into the form that its fast kernels take in a program's
-    outermost computation only, and inside a loop they run 20 times slower (docs/architecture.md).
+    On an accelerator that is one dispatch. On a CPU it is one for each step, which costs nothing
+    there: XLA brings the convolutions of a gradient into the form that its fast kernels take in a
+    program's outermost computation only, and inside a loop they run 20 times slower
+    (docs/architecture.md).
 
     Its arguments: a `TrainState`; a key, from which each step draws by its number alone, so that
     a run which stops and goes on draws the same; images `[N, ...]` and labels `[N]` of the
@@ -198,7 +199,8 @@ def make_train_step(
         (loss, (batch_stats, right, exit_mean)), gradients = jax.value_and_grad(
             mean_loss, has_aux=True
         )(state.params, state.batch_stats, images, labels)
-        # Some of optax's arithmetic relies on implicit promotion, which a caller may have forbidden.
+        # Some of optax's arithmetic relies on implicit promotion, which a caller may have
+        # forbidden.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
@@ -217,4 +219,4 @@ def make_train_step(
 
 def _add(a: Metrics, b: Metrics) -> Metrics:
     first_bad = jnp.where(a.first_bad >= 0, a.first_bad, b.first_bad)
-    return Metrics(*(x + y for x, y in zip(a[:-1], b[:-1], strict=True)), first_bad)
+    return jax.tree.map(jnp.add, a, b)._replace(first_bad=first_bad)

@@ -16,8 +16,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs a command line; a mistake is one line on stderr, without a traceback.
 
     Returns:
-      The exit status: 0; 2 for a mistake; 1 for a training that diverged or checkpoints that cannot be
-      read; 128 + n after signal n.
+      The exit status: 0; 2 for a mistake; 1 for a training that diverged or checkpoints that
+      cannot be read; 128 + n after signal n.
     """
     from experiments.cli import parse
 

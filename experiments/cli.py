@@ -86,8 +86,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         )
     if arguments.workdir is not None and (arguments.workdir / "config.json").exists():
         raise ValueError(
-            f"{arguments.workdir} holds a run already; add --resume to continue it, or give another "
-            "--workdir."
+            f"{arguments.workdir} holds a run already; add --resume to continue it, or give "
+            "another --workdir."
         )
     return arguments
 
@@ -106,7 +106,7 @@ def load_config(path: Path) -> Config:
     except Exception as error:
         raise ValueError(f"--config {path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
-        raise ValueError(f"--config {path}: it defines no `config`, a Config of experiments.config.")
+        raise ValueError(f"--config {path}: it defines no `config`, an experiments.config.Config.")
     return config
 
 
@@ -189,8 +189,8 @@ def _refuse_changes(stored: Config, asked: Config) -> None:
     changed = [f"{k} is {before[k]}, not {after[k]}" for k in before if before[k] != after[k]]
     if changed:
         raise ValueError(
-            f"--resume continues a run as it was begun: {'; '.join(changed)}. Leave the flags out, or "
-            "begin another run."
+            f"--resume continues a run as it was begun: {'; '.join(changed)}. Leave the flags out, "
+            "or begin another run."
         )
 
 

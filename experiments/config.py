@@ -21,7 +21,8 @@ class DataConfig:
     name: DatasetName = "auto"
     """Dataset. `auto` is CIFAR-10 where it is there or can be had, else scikit-learn's digits."""
     dir: Path | None = None
-    """Directory of prepared tensorflow-datasets. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Directory of prepared tensorflow-datasets. Default: $TFDS_DATA_DIR, else
+    ~/tensorflow_datasets."""
     cache: Path | None = None
     """Where decoded images are kept. Default: $XDG_CACHE_HOME/eejax, else ~/.cache/eejax."""
     download: bool = True
@@ -45,12 +46,12 @@ class NetworkConfig:
     """The backbone, and where its exits are."""
 
     name: Literal["fast", "resnet"] = "fast"
-    """Backbone: `fast` (four blocks, for CPUs) or `resnet` (He et al., 2016, depth 6n + 2)."""
+    """Backbone: `fast` (five blocks, for CPUs) or `resnet` (He et al., 2016, depth 6n + 2)."""
     depth: int = 56
     """resnet: number of layers, 6n + 2."""
     width: int = 64
     """Channels of the first block (fast) or of the first group (resnet)."""
-    exits: tuple[int, ...] = (1, 2, 3)
+    exits: tuple[int, ...] = (2, 3, 4)
     """Blocks after which an exit sits, from 1; the one after the last block is always there."""
     gate: bool = True
     """Heads learn a gate. A soft loss needs it."""
@@ -60,7 +61,7 @@ class NetworkConfig:
     @property
     def blocks(self) -> int:
         """Blocks of the backbone."""
-        return 4 if self.name == "fast" else (self.depth - 2) // 2
+        return 5 if self.name == "fast" else (self.depth - 2) // 2
 
     @property
     def num_exits(self) -> int:
@@ -168,7 +169,8 @@ def check(config: Config) -> None:
     if config.policies.thresholds and len(config.policies.thresholds) != network.num_exits - 1:
         raise ValueError(
             f"policies.thresholds: {len(config.policies.thresholds)} thresholds for "
-            f"{network.num_exits} exits; give {network.num_exits - 1}, one for each exit but the last."
+            f"{network.num_exits} exits; give {network.num_exits - 1}, one for each exit but "
+            "the last."
         )
     if train.loss.startswith("soft") and not network.gate:
         _refuse("network.gate", network.gate, f"True, for the loss {train.loss}")

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,8 +62,8 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
         dataset = data.load(config.data, config.seed)
     if len(dataset.train.images) < config.train.batch:
         raise ValueError(
-            f"train.batch: {config.train.batch} for {len(dataset.train.images)} training images; give "
-            "a smaller batch."
+            f"train.batch: {config.train.batch} for {len(dataset.train.images)} training images; "
+            "give a smaller batch."
         )
     workdir, facts = _begin(arguments, argv, dataset)
     if facts["notice"]:
@@ -191,6 +190,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
         **facts,
         "network": words,
         "warnings": warnings,
+        "target": {"kind": "budget", "value": config.inference.budget},
         "whole_macs": float(costs.cumulative[-1]),
         "exits": evaluate.exit_rows(
             scored[chosen].test, test.labels, costs.cumulative, temperatures
@@ -247,7 +247,8 @@ def _begin(
     }
     workdir.mkdir(parents=True, exist_ok=True)
     config = to_json(arguments.run)
-    config["data"]["name"] = dataset.name  # a resumed run reads the same, whatever "auto" means then
+    # A resumed run reads the same images, whatever "auto" would mean by then.
+    config["data"]["name"] = dataset.name
     report.write_json(workdir / "config.json", {**facts, "config": config})
     return workdir, facts
 

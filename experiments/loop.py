@@ -1,4 +1,5 @@
-"""The training loop: dispatches, progress, metrics.jsonl, checkpoints, and leaving in good order."""
+"""The training loop: dispatches, progress, metrics.jsonl, checkpoints, and leaving in good
+order."""
 
 from __future__ import annotations
 
@@ -188,7 +189,8 @@ def _facts(row: dict[str, Any], epochs: int) -> str:
 def _restore(
     workdir: Path, fresh: TrainState, console: Console
 ) -> tuple[int, TrainState, list[dict[str, Any]]]:
-    """The newest readable checkpoint and the metrics up to it; from the beginning if there is none."""
+    """The newest readable checkpoint and the metrics up to it; from the beginning if there is
+    none."""
 
     def warn(message: str) -> None:
         console.print(f"WARNING: {message}; using the one before it", style="yellow")

@@ -154,7 +154,7 @@ def _cost_blocks(report: Mapping[str, Any]) -> list[str]:
 
 
 def _histogram_blocks(report: Mapping[str, Any]) -> list[str]:
-    policies = plots.policies_with_result(report)
+    policies = plots.leading_policies(report)
     if not policies:
         return [page.paragraph("No policy has a result.", "soft")]
     colours = plots.policy_colours(report)

@@ -26,7 +26,7 @@ def headline(report: Mapping[str, Any]) -> str:
     """The result in two or three sentences of plain words, computed from the numbers.
 
     It speaks of the policy that did best on the images its thresholds were chosen on, among those
-    with the first policy's target; without such numbers, of the first policy. So it is not picked
+    at the report's leading target; without such numbers, of the first policy. So it is not picked
     by its accuracy on the test images. A loss is told like a gain.
     """
     whole = report["exits"][-1]["accuracy"]
@@ -76,7 +76,7 @@ def policy_cells(report: Mapping[str, Any]) -> Cells:
         rows.append(
             (
                 policy["name"],
-                plots.target_words(target),
+                _searched(policy),
                 _number(100 * accuracy, 1),
                 _number(100 * (accuracy - whole), 1, sign=True),
                 _number(cost, 2),
@@ -85,6 +85,12 @@ def policy_cells(report: Mapping[str, Any]) -> Cells:
             )
         )
     return Cells(columns, tuple(rows), frozenset({"policy", "target", leaving}))
+
+
+def _searched(policy: Mapping[str, Any]) -> str:
+    """The target, and how its thresholds were searched where that is not the usual way."""
+    search = policy.get("search") if policy.get("search") == "geometric" else None
+    return ", ".join(filter(None, (plots.target_words(policy.get("target")), search)))
 
 
 def threshold_cells(report: Mapping[str, Any]) -> Cells:
@@ -183,11 +189,10 @@ def macs_words(macs: float) -> str:
 
 
 def _leading(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    policies = plots.policies_with_result(report)
-    same = [p for p in policies if p.get("target") == policies[0].get("target")]
+    same = plots.leading_policies(report)
     scores = [_nan((p.get("chosen") or {}).get("accuracy")) for p in same]
     if not same or not all(map(math.isfinite, scores)):
-        return policies[0] if policies else None
+        return same[0] if same else None
     return same[scores.index(max(scores))]
 
 

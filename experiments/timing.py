@@ -35,8 +35,8 @@ def inference_row(
 ) -> dict[str, Any]:
     """One row of the report's `inference`.
 
-    The time-ideal is the plain network's time, times work needed over whole work, where a stage with
-    its head weighs its own measured time and counts for the samples that reach it.
+    The time-ideal is the plain network's time, times work needed over whole work, where a stage
+    with its head weighs its own measured time and counts for the samples that reach it.
 
     Args:
       strategy: the executor's name.
@@ -51,7 +51,8 @@ def inference_row(
     batches = min(batches, len(images) // batch)
     if batches == 0:
         raise ValueError(f"{len(images)} images for batches of {batch}; give a smaller batch.")
-    predict = predictor(network, policy, executor, max_batch=max(256, 1 << (batch - 1).bit_length()))
+    largest = max(256, 1 << (batch - 1).bit_length())
+    predict = predictor(network, policy, executor, max_batch=largest)
     limits = jnp.asarray(thresholds)
     plain = fastest_plain(network, variables, images[:batch])
     pieces = [images[i * batch : (i + 1) * batch] for i in range(batches)]
@@ -89,7 +90,8 @@ def inference_row(
 def fastest_plain(
     network: EarlyExitNetwork, variables: Variables, images: np.ndarray
 ) -> Callable[[Variables, Any], jax.Array]:
-    """The plain network, images to labels `[B]`, compiled with whichever options are quicker here."""
+    """The plain network, images to labels `[B]`, compiled with whichever options are quicker
+    here."""
 
     def labels(variables: Variables, images: jax.Array) -> jax.Array:
         return network.apply_plain(variables, images).argmax(-1).astype(jnp.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +63,7 @@ def test_the_expected_cost_is_the_papers_recursion(exits):
 @given(seed=st.integers(0, 2**20), exits=st.integers(1, 6), scale=st.floats(0.1, 100))
 def test_the_exit_distribution_sums_to_one(seed, exits, scale):
     gates, _ = drawn(seed, exits, batch=9, scale=scale)
-    log_pi = soft.log_exit_distribution(f32(gates))
+    log_pi = jax.jit(soft.log_exit_distribution)(f32(gates))
     assert log_pi.shape == (exits, 9)
     assert (log_pi <= 0).all()
     np.testing.assert_allclose(np.exp(log_pi).sum(0), 1, rtol=1e-5)
@@ -82,25 +84,29 @@ def test_the_last_exits_gate_is_not_read():
     assert (slope[:-1] != 0).all()
 
 
+COST = np.array([0.2, 0.6, 1.0])
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+def total_with_slopes(gates, logits):
+    log_f = soft.mixed_log_probabilities(logits, gates)
+    assert log_f.dtype == jnp.float32
+    cost = soft.expected_cost(gates, COST)
+    return log_f.sum() + cost.sum(), (soft.log_exit_distribution(gates), cost)
+
+
 @pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, -1), (1, -1, 1), (-1, 1, -1)])
 def test_far_gates_are_finite_with_finite_gradients(kind, signs):
     gates = (50 * jnp.array(signs, jnp.float32)[:, None] * jnp.ones((1, 2))).astype(kind)
     logits = (30 * jax.random.normal(jax.random.key(0), (3, 2, 4))).astype(kind)
-    cost = jnp.array([0.2, 0.6, 1.0])
-
-    def total(gates, logits):
-        log_f = soft.mixed_log_probabilities(logits, gates)
-        assert log_f.dtype == jnp.float32
-        return log_f.sum() + soft.expected_cost(gates, cost).sum()
-
-    value, slopes = jax.value_and_grad(total, argnums=(0, 1))(gates, logits)
-    assert jnp.isfinite(value)
-    assert all(jnp.isfinite(s).all() for s in slopes)
-    assert jnp.isfinite(soft.log_exit_distribution(gates)).all()
-    certain = soft.expected_cost(gates, cost)
+    (value, (log_pi, cost)), slopes = total_with_slopes(gates, logits)
+    assert np.isfinite(value)
+    assert all(np.isfinite(np.float32(s)).all() for s in slopes)
+    assert np.isfinite(log_pi).all()
     first = signs.index(1) if 1 in signs[:-1] else 2
-    np.testing.assert_allclose(certain, cost[first], rtol=1e-6)
+    np.testing.assert_allclose(cost, COST[first], rtol=1e-6)
 
 
 def test_bfloat16_inputs_are_computed_in_float32():

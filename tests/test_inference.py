@@ -6,7 +6,6 @@ import functools
 import itertools
 import re
 from collections import Counter
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ NAMES = list(toys.POLICIES)
 
 # Exits and batch sizes of the compiled programs. Counts below the batch are drawn, so that every
 # number of samples from 1 to 70 can occur.
-PROGRAMS = ((1, 5), (2, 1), (3, 2), (4, 7), (2, 16), (5, 33), (3, 70), (4, 64))
+PROGRAMS = ((1, 5), (2, 1), (3, 2), (4, 7), (2, 16), (5, 33), (3, 70))
 SAMPLES = 72
 CLOSE = 1e-5
 
@@ -58,7 +57,8 @@ def program(exits, batch):
             for name, executor in EXECUTORS.items()
         }
 
-    return jax.jit(run)
+    # Compiling is most of this test's time; LLVM's part of it is not what is tested.
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def expected(exits, name, variables, images, draw_thresholds):
@@ -225,12 +225,11 @@ def test_compact_refuses_tiles_that_do_not_nest(tiles):
         )
 
 
-@pytest.mark.parametrize("batch", range(1, 300))
-def test_default_tiles_nest_and_fit(batch):
-    tiles = inference.default_tiles(batch)
-    assert all(a % b == 0 and a > b for a, b in itertools.pairwise(tiles))
-    assert tiles[-1] >= 1
-    assert tiles[0] <= batch
+def test_default_tiles_nest_and_fit():
+    for batch in range(1, 600):
+        tiles = inference.default_tiles(batch)
+        assert all(a % b == 0 and a > b for a, b in itertools.pairwise(tiles))
+        assert 1 <= tiles[-1] <= tiles[0] <= batch
 
 
 # What is left out.
@@ -240,9 +239,8 @@ def rows_computed(executor, exits=4, batch=64):
     """A compiled executor over a toy network, and the count of the rows that its stages compute."""
     rows = toys.Rows(exits)
     network = toys.network(exits, rows.watch)
-    variables = toys.variables(network, 1)
+    variables = toys.variables(toys.shared_network(exits), 1)
     run = jax.jit(lambda *args: executor(network, gate, *args))
-    rows.read()  # what initialisation ran
     return run, variables, toys.some_images(1, batch), rows
 
 
@@ -411,12 +409,12 @@ def test_a_predictor_compiles_nothing_for_a_new_size_or_new_thresholds(counted):
     assert len(set(everything.exits.tolist())) == 3
     compiled = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
-        del duration
+    def listen(event, seconds, **_):
+        del seconds
         if "backend_compile" in event:
             compiled.append(event)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.monitoring.register_event_duration_secs_listener(listen)  # pyright: ignore
     try:
         for size in range(1, 301):
             prediction = predict(variables, [1.0, 0.0], images[:size])
@@ -430,7 +428,7 @@ def test_a_predictor_compiles_nothing_for_a_new_size_or_new_thresholds(counted):
         jax.jit(lambda x: x + 1)(1)
         assert compiled  # or else the listener hears nothing
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        jax.monitoring.unregister_event_duration_listener(listen)  # pyright: ignore
     assert traced == [1, 2, 4, 8, 16, 32]
 
 

@@ -58,7 +58,7 @@ def plain(name, logits, gates, targets, weights):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_losses_are_their_formulas(loss, smoothing):
     inputs = drawn(1, smoothing)
-    value = loss(*f32(*inputs))
+    value = jax.jit(loss)(*f32(*inputs))
     assert value.shape == (BATCH,)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, plain(loss.__name__, *inputs), rtol=2e-5)
@@ -80,9 +80,9 @@ def test_gradients_are_those_of_the_formula(loss):
     def total(logits, gates):
         return plain(loss.__name__, logits, gates.copy(), targets, weights).sum()
 
-    slopes = jax.grad(lambda z, g: loss(z, g, *f32(targets, weights)).sum(), argnums=(0, 1))(
-        *f32(logits, gates)
-    )
+    slopes = jax.jit(
+        jax.grad(lambda z, g: loss(z, g, *f32(targets, weights)).sum(), argnums=(0, 1))
+    )(*f32(logits, gates))
     step = 1e-5
     for which, slope in enumerate(slopes):
         expected = np.zeros(slope.shape)
@@ -101,7 +101,7 @@ def head_gradients(loss, gates):
     logits, _, targets, weights = drawn(4)
     targets, weights = f32(targets, weights)
     gates = jnp.asarray(gates, jnp.float32)[:, None] * jnp.ones((1, BATCH))
-    slope = jax.grad(lambda z: loss(z, gates, targets, weights).sum())(*f32(logits))
+    slope = jax.jit(jax.grad(lambda z: loss(z, gates, targets, weights).sum()))(*f32(logits))
     return np.abs(slope).max((1, 2))
 
 
@@ -117,7 +117,7 @@ def test_the_literal_loss_starves_exits_that_are_hardly_taken_and_the_auxiliary_
 @pytest.mark.parametrize("loss", LOSSES)
 def test_only_the_soft_losses_train_the_gates(loss):
     logits, gates, targets, weights = f32(*drawn(5))
-    slope = jax.grad(lambda g: loss(logits, g, targets, weights).sum())(gates)
+    slope = jax.jit(jax.grad(lambda g: loss(logits, g, targets, weights).sum()))(gates)
     assert (slope[-1] == 0).all()  # the last exit takes all that is left
     assert bool((slope[:-1] != 0).all()) == (loss is not losses.joint)
 
@@ -132,7 +132,7 @@ def test_losses_are_finite_in_bfloat16_at_extremes(loss):
     def total(logits, gates):
         return loss(logits, gates, targets, weights).sum()
 
-    value, slopes = jax.value_and_grad(total, argnums=(0, 1))(logits, gates)
+    value, slopes = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(logits, gates)
     assert value.dtype == jnp.float32
     assert jnp.isfinite(value)
     assert all(jnp.isfinite(s).all() for s in slopes)

@@ -24,7 +24,8 @@ def output(logits, gates=None):
 
 
 def scores(policy, logits):
-    answer, score, state = policy.step(output(logits), policy.init(len(logits)), 0)
+    step = jax.jit(policy.step, static_argnums=2)
+    answer, score, state = step(output(logits), policy.init(len(logits)), 0)
     np.testing.assert_array_equal(answer, np.asarray(logits, np.float32))
     assert score.dtype == jnp.float32
     assert score.shape == (len(logits),)

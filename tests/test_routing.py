@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,19 +98,20 @@ def test_one_program_records_every_split():
     """Traced once for a batch size: not for the padded last batch, nor for another split."""
     traced = []
     network = toys.network(2, lambda e, x: traced.append(x.shape[0]))
-    variables = toys.variables(network)
-    traced.clear()
+    variables = toys.variables(toys.shared_network(2))
     for count in (10, 3, 8):
         collect(network, variables, toys.some_images(0, count), np.zeros(count), batch=4)
     assert traced == [4, 4]  # one trace, of two stages
 
 
 def test_recording_reads_raw_images_and_forgets_the_memories():
-    network = dataclasses.replace(toys.network(2)).reading(lambda x: x.astype(jnp.float32) - 2)
-    variables = toys.variables(network)
+    network = toys.shared_network(2).reading(lambda x: x.astype(jnp.float32) - 2)
+    variables = toys.variables(toys.shared_network(2))
     raw = np.random.default_rng(0).integers(0, 5, (6, toys.INPUTS)).astype(np.uint8)
     trace = collect(network, variables, raw, np.zeros(6), batch=4)
-    plain = collect(toys.network(2), variables, raw.astype(np.float32) - 2, np.zeros(6), batch=4)
+    plain = collect(
+        toys.shared_network(2), variables, raw.astype(np.float32) - 2, np.zeros(6), batch=4
+    )
     np.testing.assert_array_equal(trace.logits, plain.logits)
 
 

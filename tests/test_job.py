@@ -1,0 +1,116 @@
+"""The main job from its command line to what it leaves behind, on the embedded data."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import cifar, loop
+
+FLAGS = [
+    *("--data.name", "digits", "--network.width", "4", "--train.epochs", "6"),
+    *("--policies.budgets", "0.02", "0.7", "--policies.curve", "4", "--inference.repeats", "2"),
+    *("--policies.thresholds", "1", "2", "3", "--inference.batch", "64", "--inference.budget",
+    "0.7"),
+]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("job") / "run"
+    assert cifar.main([*FLAGS, "--workdir", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(workdir):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads((workdir / "report.json").read_text(), parse_constant=refuse)
+
+
+def test_the_report_has_the_keys_that_runs_are_compared_by(report):
+    assert report["dataset"] == "digits"
+    assert report["seed"] == 0
+    assert {"jax", "flax", "optax", "python", "eejax"} <= set(report["versions"])
+    assert "cpu" in report["device"]
+    for exit_ in report["exits"]:
+        assert {"index", "macs", "accuracy", "ece"} <= set(exit_)
+    for row in report["policies"]:
+        assert {
+            "name",
+            "target",
+            "thresholds",
+            "accuracy",
+            "mean_macs",
+            "exit_fractions",
+        } <= set(row)
+    assert set(report["curve"]) == {"max_prob", "entropy", "margin", "gate"}
+    for points in report["curve"].values():
+        assert len(points) == 4
+        assert all({"mean_macs", "accuracy"} <= set(point) for point in points)
+    assert [row["strategy"] for row in report["inference"]] == ["cond", "compact"]
+    for row in report["inference"]:
+        for name in ("batch", "ms", "full_ms", "ideal_ms", "speedup", "efficiency"):
+            assert row[name] > 0
+        assert row["ideal_ms"] <= row["full_ms"]
+    assert set(report["train"]) == {"seconds", "images_per_second", "epochs"}
+
+
+def test_the_numbers_agree_with_each_other(report):
+    macs = np.array([e["macs"] for e in report["exits"]])
+    assert (np.diff(macs) > 0).all()
+    met = [row for row in report["policies"] if row["accuracy"] is not None]
+    assert met
+    for row in met:
+        assert sum(row["exit_fractions"]) == pytest.approx(1)
+        assert np.dot(row["exit_fractions"], macs) == pytest.approx(row["mean_macs"])
+        assert len(row["thresholds"]) == 3
+    # At the largest budget nothing is lost against the last exit.
+    last = report["curve"]["max_prob"][-1]
+    assert last["accuracy"] >= report["exits"][-1]["accuracy"] - 0.03
+
+
+def test_a_target_that_cannot_be_met_is_a_row_that_says_why(report):
+    impossible = [r for r in report["policies"] if r["target"] == {"kind": "budget", "value": 0.02}]
+    assert len(impossible) == 8
+    for row in impossible:
+        assert row["accuracy"] is None
+        assert "first exit" in row["error"]
+
+
+def test_thresholds_of_ones_own_are_reported(report):
+    given = [r for r in report["policies"] if r["search"] == "given"]
+    assert [r["thresholds"] for r in given] == [[1, 2, 3]] * 4
+
+
+def test_everything_is_left_in_the_working_directory(workdir):
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["config"]["train"]["epochs"] == 6
+    assert config["versions"]["jax"]
+    rows = [json.loads(line) for line in (workdir / loop.METRICS).read_text().splitlines()]
+    assert sum("held_out_accuracy" in row for row in rows) == 6
+    assert (workdir / "report.html").stat().st_size > 20_000
+    trace = np.load(workdir / "trace_test.npz")
+    assert trace["logits"].shape[:2] == (len(trace["labels"]), 4)
+
+
+def test_resuming_a_finished_run_makes_the_same_report_again(workdir, report, capsys):
+    assert cifar.main(["--workdir", str(workdir), "--resume"]) == 0
+    assert "continuing after step 42" in capsys.readouterr().out
+    again = json.loads((workdir / "report.json").read_text())
+    for name in ("exits", "policies", "curve", "dataset", "seed"):
+        assert again[name] == report[name]
+
+
+def test_a_mistake_in_the_data_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    path = tmp_path / "run"
+    flags = ["--data.name", "digits", "--data.choose", "5000", "--workdir", str(path)]
+    assert cifar.main(flags) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    assert not path.exists()
+    assert cifar.main(["--data.name", "digits", "--train.batch", "5000"]) == 2
+    assert "train.batch: 5000" in capsys.readouterr().err

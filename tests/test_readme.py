@@ -1,0 +1,56 @@
+"""The README's promises: its code runs, its commands and files are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from experiments import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_librarys_example_runs_and_does_what_it_says(capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    lines = [line for line in code[1].splitlines() if line.strip()]
+    assert len(lines) <= 33
+    import jax
+
+    # A reader's JAX is not strict.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(code[1], "README.md", "exec"), {})
+    accuracy, cost = map(float, capsys.readouterr().out.split())
+    assert accuracy > 0.85
+    assert cost < 0.7
+
+
+def test_every_command_line_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    commands = re.findall(r"^python -m experiments\.cifar (.*?)\s*(?:#.*)?$", README, re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        argv = shlex.split(command)
+        if "--help" in argv:
+            with pytest.raises(SystemExit) as stop:
+                cli.parse(argv)
+            assert stop.value.code == 0
+        elif "--resume" in argv:
+            with pytest.raises(FileNotFoundError, match="there is no run"):
+                cli.parse(argv)
+        else:
+            cli.parse([*argv, "--data.name", "digits", "--data.calibrate", "9"])
+
+
+def test_every_file_it_names_is_there():
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:eejax|experiments|configs|docs)/[\w/]*(?:\.py)?)`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_first_screen_holds_the_two_commands():
+    first = README.splitlines()[:25]
+    assert sum(line.startswith("python3 -m venv .venv && ") for line in first) == 2
