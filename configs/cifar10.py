@@ -1,11 +1,23 @@
-"""CIFAR-10 on two CPU cores."""
+"""CIFAR-10 on two CPU cores.
+
+    python -m experiments.cifar --data.name cifar10
+
+Expect 84 % to 85 % at the last exit, and about 0.2 points less at 60 % of the multiply-accumulates
+(max probability). Measured with seed 0 on two cores of an AMD EPYC (Zen 4), jax 0.10.2, 2026-11-21:
+last exit 84.4 %, 84.2 % at 0.59 of the cost; 650 images a second when the cores are free, so about
+eleven minutes of training and one of measuring.
+
+The loss is soft gates with auxiliary losses and the cost regulariser: Scardapane, Comminiello,
+Scarpiniti, Baccarelli, Uncini, *Differentiable branching in deep networks for fast inference*,
+ICASSP 2020.
+"""
 
 from experiments.config import Config, DataConfig, NetworkConfig, TrainConfig
 
 config = Config(
-    data=DataConfig(name="cifar10", shift=3, cutout=8),
+    data=DataConfig(name="cifar10"),
     network=NetworkConfig(name="fast", width=64, exits=(2, 3, 4)),
     train=TrainConfig(
-        loss="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=10
+        loss="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=9
     ),
 )

@@ -12,11 +12,14 @@ neither vanish nor overflow.
 
 from __future__ import annotations
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 
 def log_exit_distribution(gates: Array) -> Array:
@@ -64,16 +67,18 @@ def expected_cost(gates: Array, cumulative_cost: Array | np.ndarray) -> Array:
     return (pi * jnp.asarray(cumulative_cost, jnp.float32)[:, None]).sum(0)
 
 
-def collapse(gates: Array) -> tuple[Array, Array]:
-    """What shows that the gates have collapsed to one exit.
+def mean_exit_distribution(gates: Array) -> Array:
+    """The mean probability of leaving at each exit, `[E]`, from gates `[E, B]`."""
+    return jnp.exp(log_exit_distribution(gates)).mean(1)
 
-    Args:
-      gates: `[E, B]`.
 
-    Returns:
-      The mean probability of leaving at each exit, `[E]`, and the entropy of those means divided by
-      `log E`, in [0, 1]: near 0 all samples leave at one exit and the other heads hardly learn.
+def normalised_entropy(distribution: ArrayLike) -> Array:
+    """Entropy of a distribution over E exits divided by `log E`, in [0, 1]; 0 for E = 1.
+
+    Of a mean exit distribution it shows whether the gates have collapsed: near 0 all samples leave
+    at one exit, and the other heads hardly learn through the gates.
     """
-    mean = jnp.exp(log_exit_distribution(gates)).mean(1)
-    nats = -(mean * jnp.log(jnp.maximum(mean, 1e-30))).sum()
-    return mean, nats / jnp.log(jnp.maximum(jnp.float32(len(gates)), 2.0))
+    p = jnp.asarray(distribution, jnp.float32)
+    chex.assert_rank(p, 1)
+    nats = -(p * jnp.log(jnp.maximum(p, 1e-30))).sum()
+    return nats / math.log(max(len(p), 2))

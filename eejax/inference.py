@@ -16,6 +16,7 @@ All agree with `routing.route`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -293,31 +294,46 @@ def predictor(
         return executor(network, policy, variables, thresholds, images, count)
 
     compiled = jax.jit(run, compiler_options=compiler_options())
+    # A call of a small network lasts less than a millisecond, so what does not change is kept on
+    # the device: the counts, and thresholds that the caller has put there (those cannot be changed
+    # in place, so they are checked once).
+    count_of = functools.cache(jnp.int32)
+    checked: list[Array] = []
+
+    def on_device(thresholds: Iterable[float] | Array) -> Array:
+        if checked and checked[0] is thresholds:
+            return checked[0]
+        values = jnp.asarray(check_thresholds(thresholds, network.num_exits))
+        if isinstance(thresholds, Array) and thresholds.dtype == values.dtype:
+            checked[:] = [thresholds]
+            return thresholds
+        return values
 
     def predict(
         variables: Variables, thresholds: Iterable[float] | Array, images: Any
     ) -> Prediction:
-        values = check_thresholds(thresholds, network.num_exits)
+        limits = on_device(thresholds)
         if len(images) == 0:
             raise ValueError("a batch of no images; give at least one.")
         # All are under way before the first is waited for.
-        pieces = [
-            _padded_call(compiled, variables, values, images[start : start + max_batch])
-            for start in range(0, len(images), max_batch)
-        ]
-        whole = [np.concatenate(parts) for parts in zip(*jax.device_get(pieces), strict=True)]
+        pieces = []
+        for start in range(0, len(images), max_batch):
+            piece, count = _padded(images[start : start + max_batch])
+            pieces.append(compiled(variables, limits, piece, count_of(count)))
+        done = [Prediction(*map(np.asarray, piece)) for piece in pieces]
+        if len(done) == 1:
+            return Prediction(*(part[: len(images)] for part in done[0]))
+        whole = [np.concatenate(parts) for parts in zip(*done, strict=True)]
         return Prediction(*(part[: len(images)] for part in whole))
 
     return predict
 
 
-def _padded_call(
-    compiled: Callable[..., Prediction], variables: Variables, thresholds: np.ndarray, images: Any
-) -> Prediction:
-    """The program's answers, the padding's among them at the end."""
+def _padded(images: Any) -> tuple[Any, int]:
+    """Images padded to the next power of two, and how many there were."""
     count = len(images)
     size = 1 << (count - 1).bit_length()
-    if size != count:
-        padding = [(0, size - count)] + [(0, 0)] * (images.ndim - 1)
-        images = (jnp if isinstance(images, Array) else np).pad(images, padding)
-    return compiled(variables, thresholds, images, np.int32(count))
+    if size == count:
+        return images, count
+    padding = [(0, size - count)] + [(0, 0)] * (images.ndim - 1)
+    return (jnp if isinstance(images, Array) else np).pad(images, padding), count

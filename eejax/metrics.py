@@ -114,11 +114,3 @@ def area_under_curve(costs: Sequence[float], accuracies: Sequence[float]) -> flo
     x, y = np.asarray(costs, np.float64)[order], np.asarray(accuracies, np.float64)[order]
     width = x[-1] - x[0]
     return float(np.trapezoid(y, x) / width) if width > 0 else float(y.max())
-
-
-def normalised_entropy(distribution: np.ndarray) -> float:
-    """Entropy of a distribution `[E]` divided by `log E`, in [0, 1]; 1 for E = 1."""
-    p = np.asarray(distribution, np.float64)
-    if len(p) < 2:
-        return 1.0
-    return float(-(p * np.log(np.maximum(p, 1e-300))).sum() / np.log(len(p)))

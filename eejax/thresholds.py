@@ -4,9 +4,10 @@
 best one for exit e is exact and cheap to find: order the samples that reach e by score, add up what
 each gains by leaving here instead of going on, and stop at the largest sum. Sweeping this over the
 exits, at a price per unit of cost that runs from nothing to everything, traces the frontier of
-accuracy against cost (a Lagrangian search). The best feasible point of that frontier, of a grid of
-shared thresholds and of geometric ones is then polished by the same move under the constraint
-itself. So the result is never worse on the held-out data than those. Nothing is random.
+accuracy against cost (a Lagrangian search). The best feasible points of that frontier, of a grid of
+shared thresholds and of geometric ones are then polished by the same move under the constraint
+itself, and the best of them is kept. So the result is never worse on the held-out data than those.
+Nothing is random.
 
 `geometric` is MSDNet's one-parameter search (Huang et al., ICLR 2018,
 https://arxiv.org/abs/1703.09844).
@@ -28,6 +29,9 @@ from eejax.routing import first_exit
 _PRICES = 48
 _SWEEPS = 20
 _SHARED = 64
+# A single start gets stuck where an exit is bad: in 800 draws of 300 samples and 3 exits it was up
+# to 24 samples behind the exact optimum; 8 starts 6, 16 starts 2, 40 starts 1.
+_STARTS = 16
 
 
 class Choice(NamedTuple):
@@ -213,17 +217,23 @@ def _polish(
     candidates: list[Choice],
     better: _Better,
 ) -> Choice:
-    """The best candidate, improved one exit at a time under the target's own constraint."""
-    best = _pick(candidates, better)
-    exits = scores.shape[1]
-    orders = [np.argsort(-scores[:, e], kind="stable") for e in range(exits - 1)]
-    for _ in range(_SWEEPS):
-        before = best
-        for e in range(exits - 1):
-            moved = _move(scores, right, cost, best.thresholds, e, orders[e], better)
-            best = _pick([best, evaluate(scores, right, cost, moved)], better)
-        if best is before:
-            break
+    """The best candidates, improved one exit at a time under the target's own constraint."""
+    orders = [np.argsort(-scores[:, e], kind="stable") for e in range(scores.shape[1] - 1)]
+    # Candidates that come to the same are one.
+    rest = list({(c.accuracy, c.mean_cost): c for c in reversed(candidates)}.values())
+    polished = []
+    while rest and len(polished) < _STARTS:
+        best = _pick(rest, better)
+        rest = [c for c in rest if c is not best]
+        for _ in range(_SWEEPS):
+            before = best
+            for e, order in enumerate(orders):
+                moved = _move(scores, right, cost, best.thresholds, e, order, better)
+                best = _pick([best, evaluate(scores, right, cost, moved)], better)
+            if best is before:
+                break
+        polished.append(best)
+    best = _pick(polished, better)
     return evaluate(scores, right, cost, _centred(scores, best.thresholds))
 
 

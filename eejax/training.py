@@ -86,9 +86,7 @@ def init_state(
     def build(key: Array, images: Array) -> TrainState:
         variables = network.init(key, images)
         params = variables["params"]
-        return TrainState(
-            jnp.int32(0), params, variables["batch_stats"], optimiser.init(params)
-        )
+        return TrainState(jnp.int32(0), params, variables["batch_stats"], optimiser.init(params))
 
     return jax.jit(build)(key, images)
 
@@ -191,11 +189,9 @@ def make_train_step(
             cost = soft.expected_cost(outputs.gate, objective.cumulative_cost)
             loss = loss + objective.cost_weight * cost
         right = (logits.argmax(-1) == labels[None]).sum(1, dtype=jnp.int32)
-        return loss.mean(), (batch_stats, right, soft.collapse(outputs.gate)[0])
+        return loss.mean(), (batch_stats, right, soft.mean_exit_distribution(outputs.gate))
 
-    def train_step(
-        state: TrainState, images: Array, labels: Array
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
         (loss, (batch_stats, right, exit_mean)), gradients = jax.value_and_grad(
             mean_loss, has_aux=True
         )(state.params, state.batch_stats, images, labels)

@@ -1,9 +1,9 @@
 """The main job: train an early-exit network, choose thresholds, measure, report.
 
-    python -m experiments.cifar
-    python -m experiments.cifar --help
-    python -m experiments.cifar --data.name digits --workdir runs/digits
-    python -m experiments.cifar --workdir runs/digits --resume
+python -m experiments.cifar
+python -m experiments.cifar --help
+python -m experiments.cifar --data.name digits --workdir runs/digits
+python -m experiments.cifar --workdir runs/digits --resume
 """
 
 from __future__ import annotations

@@ -255,8 +255,7 @@ def _begin(
 
 def _collapse_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     """Says so if the gates sent nearly all training samples to one exit in the last epoch."""
-    mean = np.asarray(history[-1]["gate_mean"])
-    entropy = metrics.normalised_entropy(mean)
+    mean, entropy = np.asarray(history[-1]["gate_mean"]), history[-1]["gate_entropy"]
     if len(mean) == 1 or entropy >= COLLAPSED:
         return []
     return [

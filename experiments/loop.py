@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eejax import checkpoint
+from eejax import gates as soft
 from eejax.training import Metrics, TrainState
 from experiments.augment import epoch_order
 from experiments.data import Split
@@ -160,19 +161,22 @@ def epochs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 name: np.average([r[name] for r in pending], axis=0, weights=weights).tolist()
                 for name in ("loss", "train_accuracy", "gate_mean")
             }
+            mean["gate_entropy"] = float(soft.normalised_entropy(mean["gate_mean"]))
             result.append({**row, **mean, "epoch": len(result) + 1})
             pending = []
     return result
 
 
 def _row(metrics: Metrics, step: int, epoch: float, count: int) -> dict[str, Any]:
+    gate_mean = metrics.exit_mean / count
     return {
         "step": step,
         "epoch": epoch,
         "steps": count,
         "loss": float(metrics.loss) / count,
         "train_accuracy": (metrics.right / metrics.seen).tolist(),
-        "gate_mean": (metrics.exit_mean / count).tolist(),
+        "gate_mean": gate_mean.tolist(),
+        "gate_entropy": float(soft.normalised_entropy(gate_mean)),
     }
 
 

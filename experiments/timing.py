@@ -69,7 +69,9 @@ def inference_row(
             repeats,
         )
         times.append(both)
-    stages = cost.stage_seconds(network, variables, jnp.asarray(pieces[0]), max(repeats, 10))
+    stages = cost.stage_seconds(
+        network, variables, jnp.asarray(pieces[0]), max(repeats, 200 // batch, 10)
+    )
     plain_ms, early_ms = 1e3 * np.median(times, axis=2).mean(0)
     needed = (stages * reach).sum() / (stages.sum() * batch * batches)
     low, high = np.quantile(times, (0.25, 0.75), axis=2).mean(1)

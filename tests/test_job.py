@@ -10,8 +10,16 @@ from experiments import cifar, loop
 FLAGS = [
     *("--data.name", "digits", "--network.width", "4", "--train.epochs", "6"),
     *("--policies.budgets", "0.02", "0.7", "--policies.curve", "4", "--inference.repeats", "2"),
-    *("--policies.thresholds", "1", "2", "3", "--inference.batch", "64", "--inference.budget",
-    "0.7"),
+    *(
+        "--policies.thresholds",
+        "1",
+        "2",
+        "3",
+        "--inference.batch",
+        "64",
+        "--inference.budget",
+        "0.7",
+    ),
 ]
 
 

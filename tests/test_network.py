@@ -28,13 +28,13 @@ class Normed(nn.Module):
 
 
 class Wide(nn.Module):
-    """A head whose product is easy to find in a compiled program."""
+    """A head with statistics, whose product is easy to find in a compiled program."""
 
     hidden: int
 
     @nn.compact
     def __call__(self, features, memory, train):
-        pooled = features.mean((1, 2))
+        pooled = nn.BatchNorm(use_running_average=not train)(features.mean((1, 2)))
         logits = nn.Dense(3)(nn.tanh(nn.Dense(self.hidden)(pooled)))
         return ExitOutput(logits, jnp.zeros(len(logits)), ())
 
@@ -142,7 +142,6 @@ def test_initial_variables_have_an_entry_a_module():
     assert set(variables) == {"params", "batch_stats"}
     for collection in variables.values():
         assert len(collection["stages"]) == len(collection["heads"]) == 3
-    assert variables["batch_stats"]["heads"] == ({}, {}, {})
     assert variables["batch_stats"]["stages"][0]["BatchNorm_0"]["mean"].shape == (4,)
     kernels = [s["Conv_0"]["kernel"] for s in variables["params"]["stages"]]
     assert kernels[0].shape == (3, 3, 3, 4)
@@ -166,6 +165,9 @@ def test_training_returns_new_statistics_and_leaves_the_old_ones_alone():
     fresh = stats["stages"][0]["BatchNorm_0"]
     np.testing.assert_allclose(fresh["mean"], 0.5 * convolved.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(fresh["var"], 0.5 + 0.5 * convolved.var((0, 1, 2)), rtol=1e-4)
+    for e in range(3):  # the heads' too
+        moved = stats["heads"][e]["BatchNorm_0"]["mean"]
+        assert (moved != variables["batch_stats"]["heads"][e]["BatchNorm_0"]["mean"]).all()
     # Without training they come back as they went in, and the answers do not depend on the batch.
     answer = jax.jit(network.apply_all)
     same, stats = answer(variables, images)

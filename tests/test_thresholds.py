@@ -85,6 +85,44 @@ def test_a_budget_is_kept_and_nearly_always_spent_in_the_best_way():
     assert np.mean(np.array(behind) == 0) >= 0.95
 
 
+def exact_for_three_exits(scores, right, cost, budget):
+    """The highest accuracy within the budget: every first threshold, and for each every second."""
+    best = 0.0
+    for limit in np.append(np.inf, np.unique(scores[:, 0])):
+        leaves = scores[:, 0] >= limit
+        rest = np.flatnonzero(~leaves)
+        rest = rest[np.argsort(-scores[rest, 1], kind="stable")]
+        gain = np.append(0, np.cumsum(right[rest, 1].astype(int) - right[rest, 2]))
+        hits = right[leaves, 0].sum() + right[rest, 2].sum() + gain
+        saved = np.arange(len(rest) + 1) * (cost[2] - cost[1])
+        spent = leaves.sum() * cost[0] + len(rest) * cost[2] - saved
+        edges = np.append(True, np.diff(scores[rest, 1]) != 0) if len(rest) else np.array([])
+        edges = np.append(edges, True).astype(bool)
+        within = edges & (spent <= budget * SLACK * len(scores))
+        best = max(best, hits[within].max(initial=0) / len(scores))
+    return best
+
+
+def test_larger_traces_with_a_bad_exit_are_near_the_exact_optimum():
+    """One of the two early exits scores at random, which is where a search by one exit at a time
+    gets stuck. Of 200 samples at most 4 are lost, and nine times in ten none."""
+    behind = []
+    for seed in range(8):
+        scores, right, cost = drawn(seed, 200, 3, tied=seed % 3 == 2)
+        random = np.random.default_rng(seed)
+        scores[:, seed % 2] = random.normal(size=200).astype(np.float32)
+        budgets = np.linspace(cost[0], cost[-1], 8)
+        for budget, choice in zip(
+            budgets, thresholds.for_budgets(scores, right, cost, budgets), strict=True
+        ):
+            best = exact_for_three_exits(scores, right, cost, budget)
+            behind.append(round(200 * (best - choice.accuracy)))
+    assert min(behind) == 0
+    assert max(behind) <= 4
+    assert np.mean(behind) < 0.2
+    assert np.mean(np.array(behind) == 0) >= 0.9
+
+
 def test_a_drop_is_kept_and_nearly_always_bought_for_the_least():
     """Against brute force: never less accurate than asked, equal in 9 draws of 10, and in the mean
     dearer by less than half a percent of the whole network."""
@@ -227,12 +265,17 @@ def test_neighbouring_scores_in_float32_are_parted():
     choice = for_budget(scores, right, np.array([1.0, 2.0]), 2.0)
     assert choice.accuracy == 1
     assert choice.mean_cost == 1.5
-    # Of scores in float64 that float32 does not tell apart, the executors see only one.
-    close = np.array([[0.1 + 1e-12, 0], [0.1, 0]])
-    choice = for_budget(close, right, np.array([1.0, 2.0]), 2.0)
-    seen = close.astype(np.float32)
-    assert choice == evaluate(seen, right, np.array([1.0, 2.0]), choice.thresholds)
-    assert choice.accuracy == 0.5
+
+
+def test_scores_in_float64_are_taken_as_the_executors_see_them():
+    """Closer together than float32 tells apart, so that rounding decides on which side they are."""
+    _, right, cost = drawn(0, 300, 3)
+    scores = 1 + 1e-6 * np.random.default_rng(0).uniform(size=(300, 3))
+    for budget in np.linspace(cost[0], cost[-1], 7):
+        choice = for_budget(scores, right, cost, budget)
+        seen = evaluate(scores.astype(np.float32), right, cost, choice.thresholds)
+        assert (choice.accuracy, choice.mean_cost) == (seen.accuracy, seen.mean_cost)
+        assert seen.mean_cost <= budget * SLACK
 
 
 def test_an_exit_that_is_not_worth_its_place_is_switched_off():

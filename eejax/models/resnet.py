@@ -92,6 +92,4 @@ def resnet(
 def _conv(width: int, stride: int, dtype: Any) -> nn.Conv:
     # Padding that is the same on both sides, whatever the stride, as in the reference: SAME would
     # pad a strided convolution on one side only.
-    return nn.Conv(
-        width, (3, 3), stride, padding=1, use_bias=False, dtype=dtype, kernel_init=_he
-    )
+    return nn.Conv(width, (3, 3), stride, padding=1, use_bias=False, dtype=dtype, kernel_init=_he)
