@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,25 @@ import orbax.checkpoint as ocp
 
 from eejax.network import PyTree
 
-logging.getLogger("absl").setLevel(logging.ERROR)
-
 
 class CheckpointError(Exception):
     """A checkpoint that is not there or cannot be read; the message says which and why."""
 
 
-def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def _manager(directory: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """Orbax's manager, and its remarks on how it goes about it kept from the terminal."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, enable_async_checkpointing=False
     )
-    return ocp.CheckpointManager(directory.absolute(), options=options)
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+            yield manager
+    finally:
+        log.setLevel(before)
 
 
 def save(directory: Path, step: int, state: PyTree, *, keep: int = 2) -> None:

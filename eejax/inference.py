@@ -298,15 +298,14 @@ def predictor(
     # the device: the counts, and thresholds that the caller has put there (those cannot be changed
     # in place, so they are checked once).
     count_of = functools.cache(jnp.int32)
-    checked: list[Array] = []
+    last: list[Array] = []
 
     def on_device(thresholds: Iterable[float] | Array) -> Array:
-        if checked and checked[0] is thresholds:
-            return checked[0]
+        if last and last[0] is thresholds:
+            return last[1]
         values = jnp.asarray(check_thresholds(thresholds, network.num_exits))
-        if isinstance(thresholds, Array) and thresholds.dtype == values.dtype:
-            checked[:] = [thresholds]
-            return thresholds
+        if isinstance(thresholds, Array):
+            last[:] = thresholds, values
         return values
 
     def predict(
