@@ -2,7 +2,7 @@
 
     python -m experiments.cifar --data.name digits
 
-A minute on two CPU cores. It shows that everything works; with 450 test images a difference under
+Half a minute on two CPU cores, last exit about 98.5 %. It shows that everything works; with 450 test images a difference under
 a point is noise.
 """
 
@@ -17,6 +17,6 @@ from experiments.config import (
 config = Config(
     data=DataConfig(name="digits", calibrate=150, choose=300, flip=False, shift=1),
     network=NetworkConfig(name="fast", width=16, exits=(1, 2, 3)),
-    train=TrainConfig(epochs=60, batch=128),
+    train=TrainConfig(cost_weight=0.3, epochs=60, batch=128),
     policies=PoliciesConfig(budgets=(0.5, 0.6, 0.75)),
 )

@@ -261,7 +261,8 @@ def _collapse_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"gate collapse: {100 * mean.max():.1f} % of the gates' exit distribution lies on exit "
         f"{int(mean.argmax()) + 1} of {len(mean)} (entropy {entropy:.2f} of 1), so the other heads "
-        "have hardly learned through the gates. Try --train.loss soft_auxiliary."
+        "have hardly learned through the gates. Try --train.loss "
+        "soft_auxiliary with a higher or lower --train.cost-weight."
     ]
 
 
