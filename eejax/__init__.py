@@ -7,8 +7,9 @@ stops every sample at its own exit (`inference`).
 
 from eejax import losses
 from eejax.calibration import fit_temperatures
+from eejax.compaction import compact, loop, stack
 from eejax.cost import Costs, macs
-from eejax.inference import Prediction, compact, cond, full, predictor
+from eejax.inference import Prediction, cond, full, predictor, sharded
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, normalise
 from eejax.policies import Policy, entropy, gate, margin, max_prob, with_temperatures
 from eejax.routing import Routed, Scored, Trace, collect, route, score
@@ -37,6 +38,7 @@ __all__ = [
     "full",
     "gate",
     "geometric",
+    "loop",
     "losses",
     "macs",
     "margin",
@@ -45,5 +47,7 @@ __all__ = [
     "predictor",
     "route",
     "score",
+    "sharded",
+    "stack",
     "with_temperatures",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +16,17 @@ from eejax.network import EarlyExitNetwork, Module, PyTree, Variables
 def from_linen(module: nn.Module) -> Module:
     """A Flax Linen module whose `__call__` takes `(*inputs, train)`, as a `Module`.
 
-    Of its collections `params` and `batch_stats` are carried.
+    Of its collections `params` and `batch_stats` are carried. Equal modules give the same pair, by
+    which an executor sees that they can share a program (`compaction.runs`).
     """
+    try:
+        return _from_linen(module)
+    except TypeError:  # a field that cannot be hashed, a list say
+        return _from_linen.__wrapped__(module)
 
+
+@functools.cache
+def _from_linen(module: nn.Module) -> Module:
     def init(key: Array, *inputs: Any) -> Variables:
         return module.init(key, *inputs, train=False)
 

@@ -3,21 +3,23 @@
 An executor is a pure function `(network, policy, variables, thresholds, images, count) ->
 Prediction` that can be traced inside a caller's own `jax.jit`. Thresholds are arguments of the
 program: changing them compiles nothing. `predictor` wraps one for use from Python, with batches of
-any size.
+any size; `sharded` gives each device of a mesh its share.
 
 | executor | granularity | how |
 |---|---|---|
 | `full` | none | every stage and head, then select: the baseline of correctness |
 | `cond` | whole batch | nested `lax.cond`, which goes on while a sample is undecided; for batch 1 |
-| `compact` | sample | tiles of samples in `lax.while_loop`; who goes on is packed for the next |
+| `compaction.compact` | sample | tiles of samples in loops; who goes on is packed together |
+| `compaction.loop` | sample | the same, with equal stages as one `lax.while_loop` over depth |
 
-All agree with `routing.route`.
+Three more are driven from the host: `dispatch.host`, `streaming.stream` and `deadline.anytime`;
+`selection.auto` picks. All agree with `routing.route`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 
 from eejax.compiling import compiler_options
 from eejax.network import EarlyExitNetwork, PyTree, Variables
@@ -46,7 +49,7 @@ class Prediction(NamedTuple):
     logits: Array | np.ndarray
 
 
-Executor = Callable[[EarlyExitNetwork, Policy, Variables, Array, Array, Any], Prediction]
+Executor = Callable[[EarlyExitNetwork, Policy, Any, Array, Array, Any], Prediction]
 
 
 def full(
@@ -106,135 +109,22 @@ def cond(
         output, _ = network.apply_head(variables, e, features, memory)
         answer, score, state = policy.step(output, state, e)
         take = undecided if e == last else undecided & (score >= thresholds[e])
-        logits = jnp.where(take[:, None], answer, logits) if e else answer
-        exits = jnp.where(take, jnp.int32(e), exits)
+        if e == 0 or batch == 1:
+            # Whoever comes here alone has no earlier answer to keep.
+            logits, exits = answer, jnp.full(batch, e, jnp.int32)
+        else:
+            logits = jnp.where(take[:, None], answer, logits)
+            exits = jnp.where(take, jnp.int32(e), exits)
         if e == last:
             return logits, exits
         carry = (features, output.memory, state, undecided & ~take, logits, exits)
         return lax.cond(carry[3].any(), lambda c: go_on(e + 1, c), lambda c: (c[4], c[5]), carry)
 
-    undecided = jnp.ones(batch, bool) if count is None else jnp.arange(batch) < count
+    # A batch of one is wanted, or nobody would have called.
+    everyone = count is None or batch == 1
+    undecided = jnp.ones(batch, bool) if everyone else jnp.arange(batch) < count
     start = (images, (), policy.init(batch), undecided, None, jnp.zeros(batch, jnp.int32))
     return _prediction(*go_on(0, start))
-
-
-def compact(
-    network: EarlyExitNetwork,
-    policy: Policy,
-    variables: Variables,
-    thresholds: Array,
-    images: Array,
-    count: Any = None,
-    tiles: tuple[int, ...] | None = None,
-) -> Prediction:
-    """Every sample stops at its own exit, inside one program.
-
-    A stage works through the samples that reach it, packed at the front of a buffer, a tile at a
-    time under `lax.while_loop`; after its head, those of the tile that go on are packed at the
-    front of the next stage's buffer, with their memory, the policy's state and their place in the
-    batch. Large tiles come first and smaller ones take the rest, so that little is padding. A
-    loop's buffers are updated in place; only what survives moves.
-
-    Args:
-      network, policy, variables, thresholds, images, count: as for `full`.
-      tiles: samples a tile, falling, each a divisor of the one before; default from B.
-
-    Raises:
-      ValueError: tiles that are not so.
-    """
-    batch = images.shape[0]
-    tiles = default_tiles(batch) if tiles is None else tiles
-    if not tiles or tiles[-1] < 1 or any(a <= b or a % b for a, b in itertools.pairwise(tiles)):
-        raise ValueError(f"tiles {tiles}; give falling sizes, each a divisor of the one before.")
-    padded = -(-batch // tiles[-1]) * tiles[-1]
-    tiles = tuple(size for size in tiles if size <= padded)
-    images = jnp.concatenate([images, jnp.zeros((padded - batch, *images.shape[1:]), images.dtype)])
-    waiting = (images, (), policy.init(padded), jnp.arange(padded, dtype=jnp.int32))
-    wanted = jnp.asarray(batch if count is None else count, jnp.int32)
-    answers = None
-    for e in range(network.num_exits):
-        waiting, wanted, answers = _compact_stage(
-            network, policy, variables, thresholds, e, waiting, wanted, answers, tiles
-        )
-    assert answers is not None
-    logits, exits = answers
-    return _prediction(logits[:batch], exits[:batch])
-
-
-def default_tiles(batch: int) -> tuple[int, ...]:
-    """Tiles of half a batch, then of an eighth, in powers of two; for a batch of 256: 128, 32."""
-    large = 1 << max((batch // 2).bit_length() - 1, 0)
-    return (large,) if large < 8 else (large, large // 4)
-
-
-def _compact_stage(
-    network: EarlyExitNetwork,
-    policy: Policy,
-    variables: Variables,
-    thresholds: Array,
-    e: int,
-    waiting: PyTree,
-    wanted: Array,
-    answers: tuple[Array, Array] | None,
-    tiles: tuple[int, ...],
-) -> tuple[PyTree, Array, tuple[Array, Array]]:
-    """Stage and head e over the first `wanted` rows of `waiting`.
-
-    Returns:
-      The rows that go on, packed at the front of new buffers; how many they are; the answers so
-      far, logits `[B, C]` and exits `[B]`, by place in the batch.
-    """
-    last = e == network.num_exits - 1
-    rows = jax.tree.leaves(waiting)[0].shape[0]
-
-    def run(tile: PyTree) -> tuple[PyTree, Array, Array]:
-        features, memory, state, places = tile
-        features, _ = network.apply_stage(variables, e, features)
-        output, _ = network.apply_head(variables, e, features, memory)
-        logits, score, state = policy.step(output, state, e)
-        stops = jnp.ones(score.shape, bool) if last else score >= thresholds[e]
-        return (features, output.memory, state, places), logits, stops
-
-    shapes = jax.eval_shape(run, waiting)
-    packed = () if last else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0])
-    if answers is None:
-        answers = (jnp.zeros(shapes[1].shape, shapes[1].dtype), jnp.zeros(rows, jnp.int32))
-    carry: PyTree = (jnp.int32(0), jnp.int32(0), packed, answers)
-
-    for size in tiles:
-
-        def more(carry: PyTree, size: int = size) -> Array:
-            left = wanted - carry[0]
-            return left > 0 if size == tiles[-1] else left >= size
-
-        def step(carry: PyTree, size: int = size) -> PyTree:
-            done, kept, packed, (logits, exits) = carry
-            tile = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, done, size), waiting)
-            if size == rows:
-                # A slice as long as the buffer folds away, whatever its start, and XLA moves the
-                # whole stage out of the loop, where it runs although nobody reaches it. So the tile
-                # itself, not the start alone, must depend on the loop.
-                tile, done = lax.optimization_barrier((tile, done))
-            tile, answer, stops = run(tile)
-            real = jnp.arange(size) < wanted - done
-            places = tile[3]
-            # A row that does not answer here is sent beyond the end, where a scatter drops it.
-            target = jnp.where(real & stops, places, rows)
-            logits = logits.at[target].set(answer, mode="drop")
-            exits = exits.at[target].set(e, mode="drop")
-            if not last:
-                go_on = real & ~stops
-                order = jnp.argsort(~go_on, stable=True)
-                packed = jax.tree.map(
-                    lambda buffer, x: lax.dynamic_update_slice_in_dim(buffer, x[order], kept, 0),
-                    packed,
-                    tile,
-                )
-                kept = kept + go_on.sum(dtype=jnp.int32)
-            return done + size, kept, packed, (logits, exits)
-
-        carry = lax.while_loop(more, step, carry)
-    return carry[2], carry[1], carry[3]
 
 
 def _exits(
@@ -260,29 +150,165 @@ def _prediction(logits: Array, exits: Array) -> Prediction:
     return Prediction(logits.argmax(-1).astype(jnp.int32), exits, logits)
 
 
+def sharded(executor: Executor, mesh: Mesh, axis: str = "data") -> Executor:
+    """The same executor over the devices of a mesh, each with its own share of the batch.
+
+    Every device decides and packs for itself and waits for no other, since nothing in an executor
+    is collective. (Under a plain sharded `jit` a condition would be that of the whole batch.)
+
+    Args:
+      executor: `full`, `cond`, `compact` or `loop`.
+      mesh: devices.
+      axis: the mesh's axis that the batch is split over; variables and thresholds are replicated.
+
+    Raises:
+      ValueError: an axis that the mesh does not have.
+    """
+    if axis not in mesh.shape:
+        raise ValueError(f"axis {axis!r} of a mesh with {tuple(mesh.shape)}; give one of them.")
+    devices = mesh.shape[axis]
+
+    def run(
+        network: EarlyExitNetwork,
+        policy: Policy,
+        variables: Any,
+        thresholds: Array,
+        images: Array,
+        count: Any = None,
+    ) -> Prediction:
+        batch = images.shape[0]
+        share = -(-batch // devices)
+        padding = [(0, share * devices - batch)] + [(0, 0)] * (images.ndim - 1)
+
+        def on_one(variables: Any, thresholds: Array, images: Array, count: Array) -> Prediction:
+            mine = jnp.clip(count - share * lax.axis_index(axis).astype(jnp.int32), 0, share)
+            return executor(network, policy, variables, thresholds, images, mine)
+
+        split, whole = PartitionSpec(axis), PartitionSpec()
+        everywhere = jax.shard_map(
+            on_one,
+            mesh=mesh,
+            in_specs=(whole, whole, split, whole),
+            out_specs=split,
+            # A loop's carry begins with the same zeros everywhere and differs afterwards, which
+            # the check would want spelled out at each of them.
+            check_vma=False,
+        )
+        wanted = jnp.asarray(batch if count is None else count, jnp.int32)
+        found = everywhere(variables, jnp.asarray(thresholds), jnp.pad(images, padding), wanted)
+        return jax.tree.map(lambda x: x[:batch], found)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """What `predictor` makes: `predict(thresholds, images) -> Prediction`.
+
+    Attributes:
+      max_batch: images in the largest program.
+      exits: E.
+    """
+
+    max_batch: int
+    exits: int
+    _compiled: Callable[[Array, Any, Any], Prediction]
+    # What does not change from call to call is kept on the device: counts, and the thresholds of
+    # the last call if they were an array of JAX, which nobody can change in place.
+    _counts: dict[int, Array] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    _last: list[Array] = dataclasses.field(default_factory=list, compare=False, repr=False)
+
+    def __call__(self, thresholds: Iterable[float] | Array, images: Any) -> Prediction:
+        """Answers images `[B, ...]`, any B >= 1, in NumPy arrays.
+
+        Args:
+          thresholds: E - 1.
+          images: on the host, or on the device in sizes that are powers of two.
+
+        Raises:
+          ValueError: no images, a wrong number of thresholds, or one that is NaN.
+        """
+        limits = self._on_device(thresholds)
+        total = len(images)
+        if total == 0:
+            raise ValueError("a batch of no images; give at least one.")
+        if total <= self.max_batch:
+            answered = self._dispatch(limits, images, total)
+            answered = Prediction(*map(np.asarray, answered))
+            if len(answered.labels) == total:
+                return answered
+            return Prediction(*(part[:total] for part in answered))
+        # All are under way before the first is waited for.
+        pieces = []
+        for start in range(0, total, self.max_batch):
+            piece = images[start : start + self.max_batch]
+            pieces.append(self._dispatch(limits, piece, len(piece)))
+        whole = [np.concatenate(list(map(np.asarray, parts))) for parts in zip(*pieces, strict=True)]
+        return Prediction(*(part[:total] for part in whole))
+
+    def _dispatch(self, limits: Array, images: Any, count: int) -> Prediction:
+        if count & (count - 1):
+            size = 1 << count.bit_length()
+            padding = [(0, size - count)] + [(0, 0)] * (images.ndim - 1)
+            images = (jnp if isinstance(images, Array) else np).pad(images, padding)
+        if count not in self._counts:
+            self._counts[count] = jnp.int32(count)
+        return self._compiled(limits, images, self._counts[count])
+
+    def warm_up(self, image: Any, batches: Iterable[int]) -> None:
+        """Compiles ahead of time what these batch sizes need, and runs it once.
+
+        Args:
+          image: one image; its shape `[...]` and dtype count.
+          batches: sizes, as later calls will have them.
+        """
+        for batch in batches:
+            images = np.zeros((min(batch, self.max_batch), *image.shape), image.dtype)
+            self(np.full(self.exits - 1, np.inf, np.float32), images)
+
+    def _on_device(self, thresholds: Iterable[float] | Array) -> Array:
+        if self._last and self._last[0] is thresholds:
+            return self._last[1]
+        values = jnp.asarray(check_thresholds(thresholds, self.exits))
+        if isinstance(thresholds, Array):
+            self._last[:] = thresholds, values
+        return values
+
+
+# Above this, what a dispatch costs for each variable is lost in the time of the network, and copies
+# of the variables in every program are not wanted.
+CONSTANT_BYTES = 64 << 20
+
+
 def predictor(
-    network: EarlyExitNetwork, policy: Policy, executor: Executor, *, max_batch: int = 256
-) -> Callable[[Variables, Iterable[float] | Array, Any], Prediction]:
-    """A compiled executor for batches of any size, `predict(variables, thresholds, images)`.
+    network: EarlyExitNetwork,
+    policy: Policy,
+    variables: Any,
+    executor: Executor,
+    *,
+    max_batch: int = 256,
+) -> Predictor:
+    """A compiled executor for batches of any size, `predict(thresholds, images)`.
 
     A batch is padded to the next power of two, and one above `max_batch` is served in pieces of
     that size, so that at most `log2(max_batch) + 1` programs are ever compiled, whatever arrives.
     The padding costs no stage in `compact` and decides nothing in `cond`.
 
+    The variables become constants of the programs, up to 64 MiB of them: handing over a few hundred
+    arrays takes longer than the smallest network's first stage. Larger ones stay arguments, kept on
+    the device.
+
     It waits for the answers and hands them over as NumPy arrays: cutting the padding off on the
     device would compile a program for each new size, which takes longer than most batches. Images
-    that are on the device already are padded there, at that price; give NumPy arrays, or sizes that
-    are powers of two. Whoever wants to go on on the device compiles an executor directly.
+    that are on the device already are padded there, at that price. Whoever wants to go on on the
+    device compiles an executor directly.
 
     Args:
       network: E exits.
       policy: what scores them.
-      executor: `full`, `cond` or `compact`.
+      variables: as `network.init` gives, or what else the executor takes.
+      executor: `full`, `cond`, `compact`, `loop`, or one of them `sharded`.
       max_batch: the largest program, a power of two.
-
-    Returns:
-      A function of the variables, E - 1 thresholds, and images `[B, ...]` with any B >= 1. It
-      raises ValueError for no images, a wrong number of thresholds, and one that is NaN.
 
     Raises:
       ValueError: `max_batch` is no power of two.
@@ -290,49 +316,23 @@ def predictor(
     if max_batch < 1 or max_batch & (max_batch - 1):
         raise ValueError(f"max_batch is {max_batch}; give a power of two.")
 
-    def run(variables: Variables, thresholds: Array, images: Array, count: Any) -> Prediction:
+    def run(variables: Any, thresholds: Array, images: Array, count: Any) -> Prediction:
         return executor(network, policy, variables, thresholds, images, count)
 
-    compiled = jax.jit(run, compiler_options=compiler_options())
-    # A call of a small network lasts less than a millisecond, so what does not change is kept on
-    # the device: the counts, and thresholds that the caller has put there (those cannot be changed
-    # in place, so they are checked once).
-    count_of = functools.cache(jnp.int32)
-    last: list[Array] = []
-
-    def on_device(thresholds: Iterable[float] | Array) -> Array:
-        if last and last[0] is thresholds:
-            return last[1]
-        values = jnp.asarray(check_thresholds(thresholds, network.num_exits))
-        if isinstance(thresholds, Array):
-            last[:] = thresholds, values
-        return values
-
-    def predict(
-        variables: Variables, thresholds: Iterable[float] | Array, images: Any
-    ) -> Prediction:
-        limits = on_device(thresholds)
-        if len(images) == 0:
-            raise ValueError("a batch of no images; give at least one.")
-        # All are under way before the first is waited for.
-        pieces = []
-        for start in range(0, len(images), max_batch):
-            piece, count = _padded(images[start : start + max_batch])
-            pieces.append(compiled(variables, limits, piece, count_of(count)))
-        done = [Prediction(*map(np.asarray, piece)) for piece in pieces]
-        if len(done) == 1:
-            return Prediction(*(part[: len(images)] for part in done[0]))
-        whole = [np.concatenate(parts) for parts in zip(*done, strict=True)]
-        return Prediction(*(part[: len(images)] for part in whole))
-
-    return predict
+    return Predictor(max_batch, network.num_exits, bound(run, variables))
 
 
-def _padded(images: Any) -> tuple[Any, int]:
-    """Images padded to the next power of two, and how many there were."""
-    count = len(images)
-    size = 1 << (count - 1).bit_length()
-    if size == count:
-        return images, count
-    padding = [(0, size - count)] + [(0, 0)] * (images.ndim - 1)
-    return (jnp if isinstance(images, Array) else np).pad(images, padding), count
+def bound(function: Callable[..., Any], variables: Any, **options: Any) -> Callable[..., Any]:
+    """`function(variables, ...)` compiled with these variables, as `predictor` says.
+
+    Args:
+      options: for `jax.jit`; argument numbers count `variables` as 0.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables))
+    if size > CONSTANT_BYTES:
+        compiled = jax.jit(function, compiler_options=compiler_options(), **options)
+        return functools.partial(compiled, jax.device_put(variables))
+    options = {name: tuple(i - 1 for i in numbers) for name, numbers in options.items()}
+    return jax.jit(
+        functools.partial(function, variables), compiler_options=compiler_options(), **options
+    )

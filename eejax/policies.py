@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +32,16 @@ class Policy(NamedTuple):
       init: `init(batch_size) -> state`, a pytree whose leaves lead with the batch axis; `()` for a
         policy that looks at one exit at a time.
       step: `step(output, state, e) -> (logits, score, state)`: what the policy answers at exit e,
-        `[B, C]`, and how sure it is, `[B]`. `e` is a Python integer.
+        `[B, C]`, and how sure it is, `[B]`. `e` is a Python integer, or in `loop`, which runs all
+        depths in one program, an int32 scalar.
     """
 
     init: Callable[[int], PyTree]
-    step: Callable[[ExitOutput, PyTree, int], tuple[Array, Array, PyTree]]
+    step: Callable[[ExitOutput, PyTree, Any], tuple[Array, Array, PyTree]]
 
 
 def _stateless(score: Callable[[ExitOutput], Array]) -> Policy:
-    def step(output: ExitOutput, state: PyTree, e: int) -> tuple[Array, Array, PyTree]:
+    def step(output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
         del e
         return output.logits, score(output), state
 
@@ -48,9 +49,12 @@ def _stateless(score: Callable[[ExitOutput], Array]) -> Policy:
 
 
 def _max_prob(output: ExitOutput) -> Array:
-    """`-log(1 - max_k p_k)`: minus the log of all the probability that the top class leaves."""
-    log_p = jax.nn.log_softmax(output.logits)
-    return _nats(jax.nn.logsumexp(_without_top(log_p), axis=-1))
+    """`-log(1 - max_k p_k)`: minus the log of all the probability that the top class leaves.
+
+    With `d` the top logit above the log-sum-exp of the others, that is `log(1 + exp(d))`.
+    """
+    others = jax.nn.logsumexp(_without_top(output.logits), axis=-1)
+    return _nats(-jax.nn.softplus(output.logits.max(-1) - others))
 
 
 def _margin(output: ExitOutput) -> Array:
@@ -65,10 +69,10 @@ def _nats(log_doubt: Array) -> Array:
     return jnp.minimum(-log_doubt, jnp.finfo(log_doubt.dtype).max)
 
 
-def _without_top(log_p: Array) -> Array:
+def _without_top(values: Array) -> Array:
     """`[B, C]` with the first largest entry of each row at minus infinity."""
-    top = jnp.arange(log_p.shape[-1])[None] == log_p.argmax(-1)[:, None]
-    return jnp.where(top, -jnp.inf, log_p)
+    top = jnp.arange(values.shape[-1])[None] == values.argmax(-1)[:, None]
+    return jnp.where(top, -jnp.inf, values)
 
 
 def _entropy(output: ExitOutput) -> Array:
@@ -114,10 +118,11 @@ def with_temperatures(policy: Policy, temperatures: Sequence[float] | np.ndarray
     if not all(t > 0 for t in values):
         raise ValueError(f"temperatures {values}; give positive numbers.")
 
-    def step(output: ExitOutput, state: PyTree, e: int) -> tuple[Array, Array, PyTree]:
-        if e >= len(values):
+    def step(output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
+        if isinstance(e, int) and e >= len(values):
             raise ValueError(f"{len(values)} temperatures, and exit {e + 1}; give one for each.")
-        return policy.step(output._replace(logits=output.logits / values[e]), state, e)
+        temperature = jnp.asarray(values, jnp.float32)[e]
+        return policy.step(output._replace(logits=output.logits / temperature), state, e)
 
     return Policy(policy.init, step)
 

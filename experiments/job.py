@@ -19,7 +19,8 @@ from rich.panel import Panel
 
 import eejax
 from eejax import cost, metrics
-from eejax.inference import compact, cond
+from eejax.compaction import compact
+from eejax.inference import cond
 from eejax.policies import with_temperatures
 from eejax.routing import collect, route
 from eejax.thresholds import for_budget

@@ -52,19 +52,19 @@ def inference_row(
     if batches == 0:
         raise ValueError(f"{len(images)} images for batches of {batch}; give a smaller batch.")
     largest = max(256, 1 << (batch - 1).bit_length())
-    predict = predictor(network, policy, executor, max_batch=largest)
+    predict = predictor(network, policy, variables, executor, max_batch=largest)
     limits = jnp.asarray(thresholds)
     plain = fastest_plain(network, variables, images[:batch])
     pieces = [images[i * batch : (i + 1) * batch] for i in range(batches)]
     reach = np.zeros(network.num_exits)
     times = []
     for piece in pieces:
-        exits = np.asarray(predict(variables, limits, piece).exits)
+        exits = np.asarray(predict(limits, piece).exits)
         reach += [(exits >= e).sum() for e in range(network.num_exits)]
         both = cost.paired_seconds(
             [
                 lambda piece=piece: np.asarray(plain(variables, piece)),
-                lambda piece=piece: np.asarray(predict(variables, limits, piece).labels),
+                lambda piece=piece: np.asarray(predict(limits, piece).labels),
             ],
             repeats,
         )

@@ -15,12 +15,13 @@ import toys
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eejax import ExitOutput, compact, cond, full, gate, inference, predictor
+from eejax import ExitOutput, compact, cond, full, gate, loop, predictor
+from eejax.compaction import default_tiles
 from eejax.network import EarlyExitNetwork, Module
 from eejax.policies import Policy
 from eejax.routing import collect, route, score
 
-EXECUTORS = {"full": full, "cond": cond, "compact": compact}
+EXECUTORS = {"full": full, "cond": cond, "compact": compact, "loop": loop}
 NAMES = list(toys.POLICIES)
 
 # Exits and batch sizes of the compiled programs. Counts below the batch are drawn, so that every
@@ -227,7 +228,7 @@ def test_compact_refuses_tiles_that_do_not_nest(tiles):
 
 def test_default_tiles_nest_and_fit():
     for batch in range(1, 600):
-        tiles = inference.default_tiles(batch)
+        tiles = default_tiles(batch)
         assert all(a % b == 0 and a > b for a, b in itertools.pairwise(tiles))
         assert 1 <= tiles[-1] <= tiles[0] <= batch
 
@@ -273,7 +274,7 @@ def test_padding_decides_nothing_in_cond():
 @pytest.mark.parametrize("batch", [1, 6, 64])
 def test_compact_computes_the_survivors_and_little_more(batch):
     run, variables, images, rows = rows_computed(compact, batch=batch)
-    smallest = inference.default_tiles(batch)[-1]
+    smallest = default_tiles(batch)[-1]
     seen = set()
     for thresholds in (
         [0, 0, 0],
