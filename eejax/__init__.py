@@ -9,10 +9,14 @@ from eejax import losses
 from eejax.calibration import fit_temperatures
 from eejax.compaction import compact, loop, stack
 from eejax.cost import Costs, macs
+from eejax.deadline import anytime
+from eejax.dispatch import host
 from eejax.inference import Prediction, cond, full, predictor, sharded
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, normalise
 from eejax.policies import Policy, entropy, gate, margin, max_prob, with_temperatures
 from eejax.routing import Routed, Scored, Trace, collect, route, score
+from eejax.selection import auto
+from eejax.streaming import rebatched, stream
 from eejax.thresholds import Choice, for_budget, for_drop, geometric
 
 __version__ = "0.1.0"
@@ -28,6 +32,8 @@ __all__ = [
     "Routed",
     "Scored",
     "Trace",
+    "anytime",
+    "auto",
     "collect",
     "compact",
     "cond",
@@ -38,6 +44,7 @@ __all__ = [
     "full",
     "gate",
     "geometric",
+    "host",
     "loop",
     "losses",
     "macs",
@@ -45,9 +52,11 @@ __all__ = [
     "max_prob",
     "normalise",
     "predictor",
+    "rebatched",
     "route",
     "score",
     "sharded",
     "stack",
+    "stream",
     "with_temperatures",
 ]

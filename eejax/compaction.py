@@ -163,11 +163,9 @@ def runs(network: EarlyExitNetwork) -> list[tuple[int, int]]:
     """
     found = [(0, 1)]
     for e in range(1, network.num_exits):
-        start, stop = found[-1]
-        same = (
-            network.stages[e] == network.stages[start] and network.heads[e] == network.heads[start]
-        )
-        if start and same:
+        start = found[-1][0]
+        both = network.stages[e], network.heads[e]
+        if start and both == (network.stages[start], network.heads[start]):
             found[-1] = (start, e + 1)
         else:
             found.append((e, e + 1))
@@ -339,7 +337,7 @@ def work_off(
     answers: Answers,
     tiles: Sequence[int],
     flush: Any = True,
-) -> tuple[Array, Rows, Array, Answers]:
+) -> tuple[Array, Any, Array, Answers]:
     """One stage over the first `wanted` rows that wait for it, tile by tile.
 
     Args:
@@ -405,10 +403,11 @@ def take(
     real = jnp.arange(size) < wanted - done
     given = (logits, jnp.full(size, e, jnp.int32), tile.places)
     packed, count = _append(tuple(answers[:3]), given, real & stops, answers.count)
-    answers = Answers(*packed, count)
+    answers = Answers(packed[0], packed[1], packed[2], count)
     if onward is None:
         return None, kept, answers
-    return *_append(onward, after, real & ~stops, kept), answers
+    onward, kept = _append(onward, after, real & ~stops, kept)
+    return onward, kept, answers
 
 
 def _append(buffer: PyTree, rows: PyTree, keep: Array, at: Array) -> tuple[PyTree, Array]:

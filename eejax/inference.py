@@ -121,8 +121,8 @@ def cond(
         return lax.cond(carry[3].any(), lambda c: go_on(e + 1, c), lambda c: (c[4], c[5]), carry)
 
     # A batch of one is wanted, or nobody would have called.
-    everyone = count is None or batch == 1
-    undecided = jnp.ones(batch, bool) if everyone else jnp.arange(batch) < count
+    count = None if batch == 1 else count
+    undecided = jnp.ones(batch, bool) if count is None else jnp.arange(batch) < count
     start = (images, (), policy.init(batch), undecided, None, jnp.zeros(batch, jnp.int32))
     return _prediction(*go_on(0, start))
 
@@ -243,7 +243,8 @@ class Predictor:
         for start in range(0, total, self.max_batch):
             piece = images[start : start + self.max_batch]
             pieces.append(self._dispatch(limits, piece, len(piece)))
-        whole = [np.concatenate(list(map(np.asarray, parts))) for parts in zip(*pieces, strict=True)]
+        done = [Prediction(*map(np.asarray, piece)) for piece in pieces]
+        whole = [np.concatenate(parts) for parts in zip(*done, strict=True)]
         return Prediction(*(part[:total] for part in whole))
 
     def _dispatch(self, limits: Array, images: Any, count: int) -> Prediction:
@@ -263,7 +264,7 @@ class Predictor:
           batches: sizes, as later calls will have them.
         """
         for batch in batches:
-            images = np.zeros((min(batch, self.max_batch), *image.shape), image.dtype)
+            images = np.zeros((batch, *image.shape), image.dtype)
             self(np.full(self.exits - 1, np.inf, np.float32), images)
 
     def _on_device(self, thresholds: Iterable[float] | Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import flax.linen as nn
@@ -130,7 +131,9 @@ def test_stages_are_timed_each_with_its_head():
     assert seconds[1] > 2 * max(seconds[0], seconds[2])
 
 
-def test_paired_runs_are_interleaved_and_warmed_up():
+@pytest.mark.parametrize("burst", [0.0, 0.1])
+def test_paired_runs_are_interleaved_and_warmed_up(burst, monkeypatch):
+    monkeypatch.setattr(cost, "BURST_SECONDS", burst)
     order = []
 
     def call(name, pause):
@@ -141,8 +144,12 @@ def test_paired_runs_are_interleaved_and_warmed_up():
 
         return run
 
-    times = cost.paired_seconds([call("a", 0.0), call("b", 0.02)], repeats=3, warmup=1)
-    assert order == ["a", "b", "a", "b", "a", "b", "a", "b"]
+    times = cost.paired_seconds([call("a", 0.04), call("b", 0.2)], repeats=3, warmup=1)
+    rounds = "".join(order)
+    assert rounds.startswith("aabb")  # a first call, and one that says how long it takes
+    # A short call is repeated in a row, after one that is not timed.
+    assert re.fullmatch("ab" * 3 if burst == 0 else "(a{2,3}b){3}", rounds[4:])
     assert times.shape == (2, 3)
-    assert (times[1] >= 0.02).all()
+    assert (times[0] >= 0.04).all()
+    assert (times[1] >= 0.2).all()
     assert (times[0] < times[1]).all()

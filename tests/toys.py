@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eejax import policies
+from eejax import policies, routing
 from eejax.network import EarlyExitNetwork, ExitOutput, Module
 from eejax.policies import Policy
 
@@ -41,32 +41,43 @@ def variables(network, seed=0):
     return _init(network)(jax.random.key(seed), jnp.zeros((1, INPUTS)))
 
 
-def _stage(e: int, watch: Callable[[int, Any], None]) -> Module:
-    inputs = INPUTS if e == 0 else WIDTH
-
+def _first_stage(watch, dtype) -> Module:
     def init(key, features):
         del features
-        return {"params": {"kernel": integers(key, inputs, WIDTH)}}
+        return {"params": {"kernel": integers(key, INPUTS, WIDTH)}}
 
-    def apply(variables, features, *, train):
+    def apply(variables, images, *, train):
         del train
-        x = features if e == 0 else features["x"]
-        watch(e, x)
-        kernel = variables["params"]["kernel"]
-        if e == 0:
-            grid, ticks = jnp.zeros((x.shape[0], 2, 3)), jnp.arange(x.shape[0], dtype=jnp.int32)
-            ticks = jnp.zeros_like(ticks)
-        else:
-            grid, ticks = features["more"]
-        x = jnp.clip(x @ kernel + grid[:, 0, :1], -8, 8)
-        grid = jnp.clip(grid + x[:, :2, None], -5, 5)
-        features = {"x": x, "more": [grid, ticks + 1]}
-        return features, variables.get("batch_stats", {})
+        watch(0, images)
+        x = images.astype(dtype) @ variables["params"]["kernel"].astype(dtype)
+        x = jnp.clip(x, -8, 8)
+        grid = jnp.clip(jnp.zeros((x.shape[0], 2, 3), dtype) + x[:, :2, None], -5, 5)
+        ticks = jnp.ones_like(jnp.arange(x.shape[0], dtype=jnp.int32))
+        return {"x": x, "more": [grid, ticks]}, variables.get("batch_stats", {})
 
     return Module(init, apply)
 
 
-def _head(e: int) -> Module:
+@functools.cache
+def _later_stage(watch, dtype) -> Module:
+    def init(key, features):
+        del features
+        return {"params": {"kernel": integers(key, WIDTH, WIDTH)}}
+
+    def apply(variables, features, *, train):
+        del train
+        grid, ticks = features["more"]
+        watch(ticks[0], features["x"])
+        x = features["x"] @ variables["params"]["kernel"].astype(dtype)
+        x = jnp.clip(x + grid[:, 0, :1], -8, 8)
+        grid = jnp.clip(grid + x[:, :2, None], -5, 5)
+        return {"x": x, "more": [grid, ticks + 1]}, variables.get("batch_stats", {})
+
+    return Module(init, apply)
+
+
+@functools.cache
+def _head(first: bool) -> Module:
     def init(key, features, memory):
         del features, memory
         for_logits, for_gate = jax.random.split(key)
@@ -81,32 +92,42 @@ def _head(e: int) -> Module:
         del train
         params = variables["params"]
         grid, ticks = features["more"]
-        logits = features["x"] @ params["logits"] + grid[:, 1]
-        gate = features["x"] @ params["gate"]
-        if e:
+        x = features["x"].astype(jnp.float32)
+        logits = x @ params["logits"] + grid[:, 1].astype(jnp.float32)
+        gate = x @ params["gate"]
+        depth = 0 if first else memory["depth"]
+        if not first:
             logits = logits + memory["said"]
             gate = gate + memory["seen"][0]
         gate = jnp.clip(gate, -4, 4)
-        said = jnp.clip(logits, -3, 3) * (ticks == e + 1)[:, None].astype(jnp.float32)
-        memory = {"said": said, "seen": [said.max(-1)]}
+        # Nothing is said where features and memory are not of the same sample.
+        said = jnp.clip(logits, -3, 3) * (ticks == depth + 1)[:, None].astype(jnp.float32)
+        memory = {"said": said, "seen": [said.max(-1)], "depth": ticks}
         return ExitOutput(logits, gate, memory), variables.get("batch_stats", {})
 
     return Module(init, apply)
 
 
-def _nobody(e: int, x: Any) -> None:
+def _nobody(e: Any, x: Any) -> None:
     del e, x
 
 
-def network(exits: int, watch: Callable[[int, Any], None] = _nobody) -> EarlyExitNetwork:
+def network(
+    exits: int, watch: Callable[[Any, Any], None] = _nobody, dtype: Any = jnp.float32
+) -> EarlyExitNetwork:
     """Features are a dict with a list in it; each head's logits depend on the memory of the last.
+
+    All stages but the first are equal modules, and so are their heads: one run for `loop`.
 
     Args:
       exits: E.
       watch: called with each stage's number and input, while it is traced.
+      dtype: of the features.
     """
+    later = _later_stage(watch, dtype)
     return EarlyExitNetwork(
-        tuple(_stage(e, watch) for e in range(exits)), tuple(_head(e) for e in range(exits))
+        (_first_stage(watch, dtype), *[later] * (exits - 1)),
+        (_head(True), *[_head(False)] * (exits - 1)),
     )
 
 
@@ -118,12 +139,13 @@ class Rows:
 
     def __init__(self, exits: int):
         self.counts = [0] * exits
+        self.watch = self._watch  # one object, by which equal stages are seen to be equal
 
-    def watch(self, e, x):
-        def add(rows):
-            self.counts[e] += int(rows)
+    def _watch(self, e, x):
+        def add(e, rows):
+            self.counts[int(e)] += int(rows)
 
-        jax.debug.callback(add, jnp.int32(x.shape[0]))
+        jax.debug.callback(add, jnp.int32(e), jnp.int32(x.shape[0]))
 
     def read(self):
         jax.effects_barrier()
@@ -176,3 +198,18 @@ POLICIES = {
 
 # Scores of the others go through exp and log, and may differ in the last bits between programs.
 EXACT = ("gate", "patience", "running sum", "running sum, temperatures")
+
+
+def reference(name, network, seed, thresholds, images):
+    """By `routing`: where each image leaves, with the variables of that seed, and its answer."""
+    labels = np.zeros(len(images), int)
+    trace = routing.collect(network, variables(network, seed), images, labels)
+    return routing.route(routing.score(POLICIES[name], trace), thresholds)
+
+
+def assert_answers(prediction, routed):
+    """Exactly the reference's answers, in int32."""
+    np.testing.assert_array_equal(prediction.exits, routed.exits)
+    np.testing.assert_array_equal(prediction.logits, routed.logits)
+    np.testing.assert_array_equal(prediction.labels, routed.logits.argmax(-1))
+    assert prediction.labels.dtype == prediction.exits.dtype == np.int32
