@@ -145,15 +145,17 @@ def loop(
 
 
 def default_tiles(batch: int) -> tuple[int, ...]:
-    """Tiles for a batch, in powers of two.
+    """Tiles for a batch, each a quarter of the one before, in powers of two.
 
-    On a CPU 32, then 8: what a tile of that size reads and writes stays in the cache. Elsewhere a
-    quarter of the batch, then a sixteenth, since a device wants much at once. docs/inference.md has
-    the measurements.
+    On a CPU 64, 16 and 4: what a tile reads and writes stays in the cache, and little is padding.
+    Elsewhere a quarter of the batch and a sixteenth, since a device wants much at once.
+    docs/inference.md has the measurements.
     """
     cpu = jax.default_backend() == "cpu"
-    large = 1 << max((min(batch, 32) if cpu else batch // 4).bit_length() - 1, 0)
-    return (large,) if large < 8 else (large, large // 4)
+    wanted = min(batch, 64) if cpu else batch // 4
+    large = 1 << max(wanted.bit_length() - 1, 0)
+    sizes = (large, large // 4, large // 16) if cpu else (large, large // 4)
+    return tuple(size for size in sizes if size)
 
 
 def runs(network: EarlyExitNetwork) -> list[tuple[int, int]]:
@@ -244,9 +246,14 @@ def _packed(
         if segment.length > 1:
             waiting, wanted, answers = _deep(run, segment, waiting, after, wanted, answers, tiles)
         else:
-            onward = None if e == exits - 1 else empty(after)
+            # Fresh memory costs more than a small stage, so a buffer of the right shape is kept.
+            source, onward = waiting, None
+            if e < exits - 1:
+                source, onward = (
+                    (None, waiting) if _alike(waiting, after) else (waiting, empty(after))
+                )
             _, waiting, wanted, answers = work_off(
-                run, e, segment.variables, waiting, wanted, onward, jnp.int32(0), answers, tiles
+                run, e, segment.variables, source, wanted, onward, jnp.int32(0), answers, tiles
             )
     assert answers is not None
     # A slot that holds no answer is sent beyond the end, where a scatter drops it.
@@ -267,7 +274,7 @@ def _deep(
     tiles: tuple[int, ...],
 ) -> tuple[Rows, Array, Answers]:
     """A run of equal stages, depth by depth in the buffer that it reads."""
-    if jax.tree.map(jnp.shape, waiting) != jax.tree.map(jnp.shape, after):
+    if not _alike(waiting, after):
         raise ValueError(
             f"stages {segment.start + 1} to {segment.start + segment.length} are one module, but "
             "features, memory or state change shape in it; run such a network with `compact`."
@@ -291,6 +298,15 @@ def _deep(
 
     carry = (jnp.int32(segment.start), waiting, wanted, answers)
     return lax.while_loop(more, deeper, carry)[1:]
+
+
+def _alike(a: PyTree, b: PyTree) -> bool:
+    """Whether two trees have leaves of the same shapes and dtypes."""
+
+    def shapes(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    return shapes(a) == shapes(b)
 
 
 Run = Callable[[Any, Rows, tuple[Variables, Variables]], tuple[Rows, Array, Array]]

@@ -149,21 +149,31 @@ def from_json(kind: type, values: dict[str, Any]) -> Any:
     return kind(**{name: typed(hints[name], value) for name, value in values.items()})
 
 
-def _tyro(argv: Sequence[str], defaults: Arguments) -> Arguments:
+def command_line(kind: type, prog: str, argv: Sequence[str], default: Any) -> Any:
+    """A dataclass filled from flags; what they leave out is as in `default`.
+
+    Raises:
+      ValueError: a one-line reason.
+      SystemExit: `--help` was asked for.
+    """
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
-                Arguments,
-                prog="python -m experiments.cifar",
+                kind,
+                prog=prog,
                 args=list(argv),
-                default=defaults,
+                default=default,
                 config=(tyro.conf.ConsolidateSubcommandArgs,),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ValueError(_one_line(errors.getvalue())) from None
+
+
+def _tyro(argv: Sequence[str], defaults: Arguments) -> Arguments:
+    return command_line(Arguments, "python -m experiments.cifar", argv, defaults)
 
 
 def _one_line(boxed: str) -> str:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import os
-import platform
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +13,6 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 
-import eejax
 from eejax import cost, metrics
 from eejax.compaction import compact
 from eejax.inference import cond
@@ -26,10 +21,10 @@ from eejax.routing import collect, route
 from eejax.thresholds import for_budget
 from eejax.training import TrainState, init_state, make_train_steps
 from experiments import build, data, evaluate, loop, report, timing
+from experiments.circumstances import circumstances
 from experiments.cli import Arguments, read_run
 from experiments.config import to_json
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 GALLERY = 24
 COLLAPSED = 0.2
 
@@ -230,21 +225,12 @@ def _begin(
         facts = read_run(workdir)
         facts.pop("config")
         return workdir, facts
-    device = jax.devices()[0]
     facts = {
         "dataset": dataset.name,
         "data_source": dataset.source,
         "notice": dataset.notice,
         "seed": arguments.run.seed,
-        "command": shlex.join(["python", "-m", "experiments.cifar", *argv]),
-        "date": now.isoformat(timespec="seconds"),
-        "device": f"{device.platform} ({device.device_kind}), {jax.device_count()} device(s), "
-        f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "eejax": eejax.__version__,
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        **circumstances("experiments.cifar", argv, now),
     }
     workdir.mkdir(parents=True, exist_ok=True)
     config = to_json(arguments.run)

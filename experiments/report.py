@@ -64,7 +64,9 @@ def table(report: Mapping[str, Any]) -> Group:
     return Group(*parts)
 
 
-def write_json(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
+def write_json(
+    path: str | os.PathLike[str], report: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+) -> None:
     """Writes strict JSON: what is not a finite number becomes null. Replaces the file in one step.
 
     Raises:

@@ -6,6 +6,7 @@ heads, scores, gathering, and fetching the answer. Runs are paired and interleav
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from eejax import cost
 from eejax.compiling import compiler_options
-from eejax.inference import Executor, predictor
+from eejax.inference import Executor, bound, predictor
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies import Policy
 
@@ -63,7 +64,7 @@ def inference_row(
         reach += [(exits >= e).sum() for e in range(network.num_exits)]
         both = cost.paired_seconds(
             [
-                lambda piece=piece: np.asarray(plain(variables, piece)),
+                lambda piece=piece: np.asarray(plain(piece)),
                 lambda piece=piece: np.asarray(predict(limits, piece).labels),
             ],
             repeats,
@@ -90,18 +91,26 @@ def inference_row(
 
 
 def fastest_plain(
-    network: EarlyExitNetwork, variables: Variables, images: np.ndarray
-) -> Callable[[Variables, Any], jax.Array]:
-    """The plain network, images to labels `[B]`, compiled with whichever options are quicker
-    here."""
+    network: EarlyExitNetwork, variables: Variables, images: np.ndarray, repeats: int = 10
+) -> Callable[[Any], jax.Array]:
+    """The plain network, images to labels `[B]`, compiled with whichever options are quicker here.
+
+    The variables are bound to it as `predictor` binds them, so that neither side pays for handing
+    them over.
+
+    Args:
+      images: `[B, ...]` on the host, what the options are compared on.
+      repeats: interleaved runs for that.
+    """
 
     def labels(variables: Variables, images: jax.Array) -> jax.Array:
         return network.apply_plain(variables, images).argmax(-1).astype(jnp.int32)
 
-    candidates = [jax.jit(labels, compiler_options=o) for o in (compiler_options(), {})]
+    ours = bound(labels, variables)
     if not compiler_options():
-        return candidates[0]
+        return ours
+    candidates = [ours, jax.jit(functools.partial(labels, variables))]
     times = cost.paired_seconds(
-        [lambda c=c: np.asarray(c(variables, images)) for c in candidates], repeats=10
+        [lambda c=c: np.asarray(c(images)) for c in candidates], repeats, min(repeats, 2)
     )
     return candidates[int(np.median(times, axis=1).argmin())]

@@ -1,0 +1,244 @@
+"""The latency benchmark: what it sends where, what its rows say, and how it fails. Never a time."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from experiments import cifar, latency, latency_rows, latency_strategies, latency_subject
+from experiments.latency_flags import parse, rates_of
+from experiments.latency_reference import break_even
+from experiments.latency_subject import imposed, shares
+
+KEYS = {
+    *("network", "strategy", "batch", "distribution", "ms", "spread", "full_ms", "full_best_ms"),
+    *("ideal_ms", "efficiency", "speedup", "peak_bytes", "device", "speedup_best", "break_even"),
+    *("exit_fractions", "seed", "versions", "command", "date"),
+}
+TINY = ["--network", "fast", "--width", "2", "--image-size", "8", "--repeats", "2"]
+TINY += ["--exits", "3", "--full-best-batches", "1"]
+
+
+def rows_in(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def left(scores, limits):
+    reached = np.concatenate([scores[:, :-1] >= limits, np.ones((len(scores), 1), bool)], axis=1)
+    return np.bincount(reached.argmax(1), minlength=scores.shape[1]).tolist()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path = tmp_path_factory.mktemp("latency")
+    flags = [
+        *("--batches", "1", "4", "--images", "12"),
+        *("--strategies", "full", "cond", "compact", "host", "stream", "auto"),
+        *("--distributions", "trained", "first", "last", "0.25,0.75"),
+        *("--json", str(path / "rows.json"), "--picture", str(path / "picture.svg")),
+    ]
+    assert latency.main([*TINY, *flags]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(measured):
+    return rows_in(measured / "rows.json")
+
+
+def test_every_strategy_has_a_row_at_every_batch_and_distribution(rows):
+    found = {(row["strategy"], row["batch"], row["distribution"]) for row in rows}
+    assert len(found) == len(rows)
+    everywhere = ("trained", "first", "last", "0.25,0.75")
+    wanted = {
+        (s, b, d) for s in ("full", "cond", "compact", "host") for b in (1, 4) for d in everywhere
+    }
+    assert found == wanted | {
+        ("auto", 1, "trained"),
+        ("auto", 4, "trained"),
+        ("stream", 12, "trained"),
+    }
+
+
+def test_rows_say_everything_and_agree_with_themselves(rows):
+    for row in rows:
+        assert set(row) >= KEYS
+        for name in ("ms", "full_ms", "full_best_ms", "ideal_ms"):
+            assert row[name] > 0
+        assert row["efficiency"] == pytest.approx(row["ideal_ms"] / row["ms"])
+        assert row["speedup"] == pytest.approx(row["full_ms"] / row["ms"])
+        assert row["speedup_best"] == pytest.approx(row["full_best_ms"] / row["ms"])
+        assert row["spread"] >= 0
+        assert sum(row["exit_fractions"]) == pytest.approx(1)
+        assert row["full_best_batch"] <= row["batch"]
+        if row["distribution"] == "last":
+            assert row["ideal_ms"] == pytest.approx(row["full_best_ms"])
+        if row["batch"] == 1:
+            assert row["full_ms"] == row["full_best_ms"]
+        assert row["command"].startswith("python -m experiments.latency")
+        assert (row["strategy"], row["batch"]) != ("cond", 1) or row["overhead_ms"] > 0
+        if row["strategy"] in ("full", "cond", "compact"):
+            assert row["peak_bytes"] > 0
+        if row["strategy"] == "auto":
+            assert row["explanation"].startswith(row["chosen"])
+
+
+def test_images_leave_where_the_distribution_says(rows):
+    for row in rows:
+        if row["distribution"] == "0.25,0.75":
+            assert row["exit_fractions"] == [0.25, 0.75]
+        if row["distribution"] in ("first", "last"):
+            assert row["exit_fractions"][0 if row["distribution"] == "first" else -1] == 1
+        if row["distribution"] == "trained":
+            wanted = rates_of("trained", 2)
+            pool = 64 if row["batch"] == 1 else row["batch"]
+            np.testing.assert_allclose(row["exit_fractions"], wanted, atol=1 / pool)
+
+
+def test_the_picture_is_written(measured):
+    assert (measured / "picture.svg").read_text().startswith("<?xml")
+
+
+@pytest.fixture
+def made_once(monkeypatch):
+    """The network is made once for all tests that have this."""
+    made = _subject()
+    monkeypatch.setattr(latency_subject, "subject", lambda arguments: made)
+
+
+@functools.cache
+def _subject():
+    return latency_subject.subject(parse([*TINY, "--batches", "2", "--images", "8"]))
+
+
+@pytest.mark.usefixtures("made_once")
+def test_a_strategy_that_fails_costs_its_rows_only(tmp_path, monkeypatch, capsys):
+
+    def broken(*_):
+        raise RuntimeError("it is\nbroken")
+
+    monkeypatch.setitem(latency_strategies._MAKERS, "compact", broken)
+    monkeypatch.setattr(latency_strategies, "stream", broken)
+    path = tmp_path / "rows.json"
+    flags = ["--strategies", "compact", "loop", "stream", "--batches", "2", "--images", "8"]
+    flags += ["--distributions", "last", "--json", str(path)]
+    assert latency.main([*TINY, *flags]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "not timed: compact at batch 2: RuntimeError: it is",
+        "not timed: stream: RuntimeError: it is",
+    ]
+    assert "runs as compact" in shown.out
+    assert [row["strategy"] for row in rows_in(path)] == ["loop"]
+
+
+@pytest.mark.usefixtures("made_once")
+def test_stopping_leaves_what_was_timed(tmp_path, monkeypatch, capsys):
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latency_rows, "_stream_rows", stopped)
+    path = tmp_path / "rows.json"
+    flags = ["--strategies", "full", "stream", "--batches", "2", "--images", "8"]
+    flags += ["--distributions", "last", "--json", str(path)]
+    assert latency.main([*TINY, *flags]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert len(rows_in(path)) == 1
+
+
+def test_a_run_brings_its_network_policy_and_thresholds(tmp_path, capsys):
+    run, path = tmp_path / "run", tmp_path / "rows.json"
+    made = [
+        *("--data.name", "digits", "--network.width", "2", "--network.exits", "2"),
+        *("--train.epochs", "2", "--train.optimiser", "sgd", "--train.loss", "joint"),
+        *("--policies.curve", "2", "--policies.names", "max_prob", "--policies.budgets", "0.7"),
+        *("--inference.repeats", "1", "--inference.batch", "16", "--inference.budget", "0.7"),
+    ]
+    assert cifar.main([*made, "--workdir", str(run)]) == 0
+    flags = ["--run", str(run), "--strategies", "full", "--batches", "450", "--repeats", "1"]
+    flags += ["--full-best-batches", "450", "--distributions", "trained", "last"]
+    assert latency.main([*flags, "--json", str(path)]) == 0
+    trained, last = rows_in(path)
+    assert "digits" in trained["network"]
+    assert last["exit_fractions"] == [0, 1]
+    # All test images, with the thresholds that the run chose for the same budget.
+    chosen = json.loads((run / "report.json").read_text())["policies"][0]
+    assert chosen["target"] == {"kind": "budget", "value": 0.7}
+    np.testing.assert_allclose(trained["exit_fractions"], chosen["exit_fractions"], atol=2 / 450)
+    capsys.readouterr()
+    (run / "checkpoints").rename(run / "elsewhere")
+    assert latency.main(flags) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_thresholds_give_the_rates_exactly():
+    scores = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    for counts in ([80, 50, 30, 40], [0, 100, 0, 100], [200, 0, 0, 0], [0, 0, 0, 200]):
+        assert left(scores, imposed(scores, np.array(counts))) == counts
+    assert imposed(scores, np.array([200, 0, 0, 0]))[0] == -np.inf
+    assert (imposed(scores, np.array([0, 0, 0, 200])) == np.inf).all()
+
+
+def test_thresholds_lie_half_way_and_ties_leave_together():
+    scores = np.array([[4, 0], [3, 0], [1, 0], [1, 0], [0, 0]], np.float32)
+    assert imposed(scores, np.array([2, 3])).tolist() == [2]
+    assert left(scores, imposed(scores, np.array([3, 2]))) == [4, 1]
+    # Neighbours in float32: nothing lies between them.
+    close = np.array([[1, 0], [np.nextafter(np.float32(1), np.float32(2)), 0]], np.float32)
+    assert left(close, imposed(close, np.array([1, 1]))) == [1, 1]
+    unsure = np.array([[np.nan, 0], [1, 0]], np.float32)
+    assert left(unsure, imposed(unsure, np.array([1, 1]))) == [1, 1]
+
+
+def test_shares_add_up():
+    assert shares([0.4, 0.25, 0.15, 0.2], 100).tolist() == [40, 25, 15, 20]
+    assert shares([1 / 3] * 3, 4).tolist() == [2, 1, 1]
+    assert shares([0.1, 0.2, 0.7], 10).tolist() == [1, 2, 7]
+    assert shares([0.0, 0.0, 1.0], 7).tolist() == [0, 0, 7]
+
+
+def test_the_share_from_which_a_strategy_pays():
+    assert break_even(1.0, 5.0, 3.0) == pytest.approx(0.5)
+    assert break_even(1.0, 2.0, 3.0) == 0
+    assert break_even(4.0, 5.0, 3.0) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--depth", "57"], ["--depth: 57", "6n + 2"]),
+        (["--exits", "3", "2"], ["--exits", "increasing"]),
+        (["--distributions", "early"], ["'early'", "trained"]),
+        (["--distributions", "0.5,0.4,0.05,0.01"], ["add", "0.96"]),
+        (["--distributions", "0.5,0.5"], ["2 for 4 exits"]),
+        (["--rates", "0.5", "0.5"], ["2 for 4 exits"]),
+        (["--strategies", "quick"], ["quick", "compact"]),
+        (["--long-distributions", "frist"], ["frist", "uniform"]),
+        (["--batches", "0"], ["--batches: 0", "at least 1"]),
+        (["--images", "-1"], ["--images: -1"]),
+        (["--picture", "time.pdf"], ["time.pdf", ".svg"]),
+        (["--json", "nowhere/rows.json"], ["nowhere", "make it"]),
+        (["--run", "nowhere"], ["--run nowhere", "experiments.cifar"]),
+        (["--run", "nowhere", "--depth", "8"], ["--depth", "leave one out"]),
+        (["--nonsense", "3"], ["--nonsense"]),
+    ],
+)
+def test_a_mistake_is_one_line(flags, words, capsys):
+    assert latency.main(flags) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    for word in words:
+        assert word in message
+
+
+def test_exits_are_spread_evenly_by_default():
+    assert parse([]).network_config().exits == (7, 14, 20)
+    assert parse(["--network", "fast"]).network_config().exits == (1, 2, 4)
+    assert rates_of("trained", 4) == (0.4, 0.25, 0.15, 0.2)
+    assert sum(rates_of("trained", 3)) == pytest.approx(1)
