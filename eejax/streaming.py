@@ -59,8 +59,10 @@ def stream(
 
     Args:
       network, policy, variables: as for `inference.full`.
-      chunk: images a call of the program, a multiple of the largest tile on every device.
-      tiles: samples a tile, falling, each a divisor of the one before; default from `chunk`.
+      chunk: images a call of the program; on every device a multiple of the largest tile, or a
+        power of two where `tiles` are not given.
+      tiles: samples a tile, falling, each a divisor of the one before; default from the chunk and
+        the size of the features.
       window: at most so many images are under way, which bounds memory and how long an answer can
         be waited for; default 16 chunks.
       mesh: devices, each of which packs its own share of a chunk; default one device.
@@ -71,17 +73,15 @@ def stream(
         a window under three chunks.
     """
     devices = 1 if mesh is None else mesh.shape[axis]
-    tiles = compaction.default_tiles(chunk // devices) if tiles is None else tiles
-    compaction.check_tiles(tiles)
-    if chunk < 1 or chunk % (tiles[0] * devices):
-        raise ValueError(
-            f"chunk is {chunk} for {devices} device(s) and tiles {tiles}; give a multiple of "
-            f"{tiles[0] * devices}."
-        )
+    share, rest = divmod(chunk, devices)
+    if tiles is not None:
+        compaction.check_tiles(tiles)
+    if rest or share < 1 or (share % tiles[0] if tiles else share & (share - 1)):
+        wanted = f"a multiple of {tiles[0] * devices}" if tiles else "a power of two on each"
+        raise ValueError(f"chunk is {chunk}, for {devices} device(s); give {wanted}.")
     window = 16 * chunk if window is None else window
     if window < 3 * chunk:
         raise ValueError(f"window is {window}; give at least {3 * chunk}, three chunks.")
-    share = chunk // devices
 
     def feed(variables: Variables, queues: Any, images: Any, places: Any, *rest: Any) -> Any:
         return _feed(network, policy, tiles, variables, queues, images, places, *rest)
@@ -159,7 +159,7 @@ def rebatched(predict: Callable[..., Prediction], batch: int = 256) -> Streamer:
 def _feed(
     network: EarlyExitNetwork,
     policy: Policy,
-    tiles: tuple[int, ...],
+    tiles: tuple[int, ...] | None,
     variables: Variables,
     queues: tuple[Queue, ...],
     images: Array,
@@ -170,6 +170,7 @@ def _feed(
 ) -> tuple[tuple[Queue, ...], Answers]:
     """One chunk through all stages on one device; `queues[e - 1]` waits for stage e."""
     exits = network.num_exits
+    tiles = _tiles(network, variables, images, tiles)
     limits = compaction.limits_of(thresholds)
     waiting = Queue(Rows(images, (), policy.init(len(places)), places), count)
     answers, left = None, []
@@ -199,6 +200,14 @@ def _feed(
     return tuple(left), answers._replace(count=answers.count[None])
 
 
+def _tiles(
+    network: EarlyExitNetwork, variables: Variables, images: Any, tiles: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    first = compaction.segments(network, variables)[0]
+    row = compaction.row_bytes(first, images)
+    return compaction.default_tiles(len(images), row) if tiles is None else tiles
+
+
 def _moved_up(queue: Queue, done: Array, tile: int) -> Queue:
     """A queue without its first `done` rows; fewer than a tile are left, and they move up."""
 
@@ -212,7 +221,7 @@ def _moved_up(queue: Queue, done: Array, tile: int) -> Queue:
 def _no_queues(
     network: EarlyExitNetwork,
     policy: Policy,
-    tiles: tuple[int, ...],
+    tiles: tuple[int, ...] | None,
     variables: Variables,
     images: Array,
     places: Array,
@@ -223,6 +232,7 @@ def _no_queues(
     stages before it, under a tile for each; and a tile is written whole.
     """
     rows = Rows(images, (), policy.init(len(places)), places)
+    tiles = _tiles(network, variables, images, tiles)
     queues = []
     limits = jnp.zeros(network.num_exits)
     for e, segment in enumerate(compaction.segments(network, variables)[:-1]):
@@ -310,7 +320,8 @@ class _Outbox:
                 if self._released
                 else (self._logits[:0], self._exits[:0])
             )
-            self._released = collections.deque([(logits[size:], exits[size:])])
+            rest = [(logits[size:], exits[size:])] if len(exits) > size else []
+            self._released = collections.deque(rest)
             have -= size
             labels = logits[:size].argmax(-1).astype(np.int32) if size else exits[:0]
             yield Prediction(labels, exits[:size], logits[:size])

@@ -222,7 +222,7 @@ def _stream_rows(
         passes = min(PASSES, arguments.repeats)
         for i in range(passes):
             show.status(f"stream: {distribution}, pass {i + 1} of {passes}")
-            references.append(cost.paired_seconds(plain_calls, 2, 0))
+            references.append(cost.paired_seconds(plain_calls, 4, 1))
             start = time.perf_counter()
             exits = [np.asarray(p.exits) for p in streamer(limits, batches)]
             seconds.append(time.perf_counter() - start)

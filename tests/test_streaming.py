@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from eejax import Prediction, compact, gate, predictor, rebatched, stream
 
+MESH = Mesh(np.array(jax.devices()[:3]), ("data",))
 NAMES = ("patience", "running sum, temperatures")
 EXITS = 4
 _made: dict = {}
@@ -43,6 +44,7 @@ def assert_in_order(predictions, sizes, routed):
 
 
 OPTIONS = {
+    "default tiles": {"chunk": 8},
     "default window": {"chunk": 16, "tiles": (8, 2)},
     "one tile, tight window": {"chunk": 4, "tiles": (4,), "window": 12},
     "large tile, tight window": {"chunk": 8, "tiles": (8, 4, 1), "window": 24},
@@ -117,6 +119,8 @@ def test_answers_come_while_images_are_still_going_in():
     ("options", "message"),
     [
         ({"chunk": 12, "tiles": (8, 4)}, "multiple of 8"),
+        ({"chunk": 12}, "a power of two on each"),
+        ({"chunk": 8, "mesh": MESH}, "for 3 device.* a power of two on each"),
         ({"chunk": 16, "tiles": (6, 4)}, "each a divisor"),
         ({"chunk": 16, "tiles": (8,), "window": 40}, "at least 48"),
     ],
