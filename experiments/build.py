@@ -12,6 +12,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from eejax import losses, policies
 from eejax.models.fast import fast
+from eejax.models.isotropic import isotropic
 from eejax.models.resnet import resnet
 from eejax.network import EarlyExitNetwork, normalise
 from eejax.policies import Policy
@@ -40,6 +41,8 @@ def network(config: NetworkConfig, data: Dataset) -> EarlyExitNetwork:
     common = {"width": config.width, "exits": config.exits, "gate": config.gate, "dtype": dtype}
     if config.name == "fast":
         bare = fast(classes, **common)
+    elif config.name == "isotropic":
+        bare = isotropic(classes, depth=config.depth, **common)
     else:
         bare = resnet(classes, depth=config.depth, **common)
     return bare.reading(normalise(data.mean, data.std))

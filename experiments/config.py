@@ -45,12 +45,13 @@ class DataConfig:
 class NetworkConfig:
     """The backbone, and where its exits are."""
 
-    name: Literal["fast", "resnet"] = "fast"
-    """Backbone: `fast` (five blocks, for CPUs) or `resnet` (He et al., 2016, depth 6n + 2)."""
+    name: Literal["fast", "resnet", "isotropic"] = "fast"
+    """Backbone: `fast` (five blocks, for CPUs), `resnet` (He et al., 2016, depth 6n + 2), or
+    `isotropic` (equal blocks on patches of 4x4 pixels)."""
     depth: int = 56
-    """resnet: number of layers, 6n + 2."""
+    """resnet: number of layers, 6n + 2; isotropic: number of blocks."""
     width: int = 64
-    """Channels of the first block (fast) or of the first group (resnet)."""
+    """Channels of the first block (fast), of the first group (resnet), or of all (isotropic)."""
     exits: tuple[int, ...] = (2, 3, 4)
     """Blocks after which an exit sits, from 1; the one after the last block is always there."""
     gate: bool = True
@@ -61,7 +62,7 @@ class NetworkConfig:
     @property
     def blocks(self) -> int:
         """Blocks of the backbone."""
-        return 5 if self.name == "fast" else (self.depth - 2) // 2
+        return {"fast": 5, "resnet": (self.depth - 2) // 2, "isotropic": self.depth}[self.name]
 
     @property
     def num_exits(self) -> int:
@@ -133,7 +134,7 @@ class InferenceConfig:
     batch: int = 256
     """Batch of the executor `compact`; `cond` is timed at batch 1."""
     repeats: int = 30
-    """Timed runs of each batch; single images are timed ten times as often."""
+    """Timed passes over the batches: 4 of them, or 50 single images."""
 
 
 @dataclass(frozen=True)

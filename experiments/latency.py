@@ -146,8 +146,10 @@ def tables(rows: Sequence[dict[str, Any]]) -> Group:
 
 def _title(row: dict[str, Any]) -> str:
     """What all rows of a batch size share."""
+    from experiments.latency_flags import is_stream
+
     what = f"batch {row['batch']}"
-    if row["strategy"] == "stream":
+    if is_stream(row["strategy"]):
         what = f"a stream of {row['batch']:,} images"
     return (
         f"{what}: whole network {_ms(row['full_ms'])} ms, at its best {_ms(row['full_best_ms'])} "

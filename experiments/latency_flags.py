@@ -11,8 +11,8 @@ from typing import Literal
 from experiments.cli import command_line
 from experiments.config import Config, NetworkConfig, PolicyName, TrainConfig, check
 
-Strategy = Literal["full", "cond", "compact", "loop", "host", "stream", "auto"]
-
+STRATEGIES = ("full", "cond", "compact", "loop", "host", "stream", "auto")
+TILED = ("compact", "loop", "host", "stream")
 NAMED = ("trained", "first", "last", "uniform")
 PICTURES = (".svg", ".png")
 # What a finished run brings along, and so cannot be asked for beside it.
@@ -31,12 +31,12 @@ class Arguments:
     run: Path | None = None
     """Directory that experiments.cifar made: its network, last checkpoint, test images, policy, and
     the thresholds for its budget. The flags that describe a random network are then left out."""
-    network: Literal["resnet", "fast"] = "resnet"
+    network: Literal["resnet", "fast", "isotropic"] = "resnet"
     """Random network: its backbone."""
     depth: int = 56
-    """Random network, resnet: number of layers, 6n + 2."""
+    """Random network: number of layers, 6n + 2 (resnet), or of blocks (isotropic)."""
     width: int | None = None
-    """Random network: channels of the first block. Default: 16 (resnet), 64 (fast)."""
+    """Random network: channels of the first block. Default: 16 (resnet), 64 (the others)."""
     exits: tuple[int, ...] | None = None
     """Random network: blocks after which an exit sits, from 1; the one after the last block is
     always there. Default: three spread evenly before it."""
@@ -51,8 +51,9 @@ class Arguments:
     Default: 0.4 0.25 0.15 0.2; each 0.6 of the one before where there are not four exits."""
     policy: PolicyName = "max_prob"
     """Random network: policy that decides."""
-    strategies: tuple[Strategy, ...] = ("full", "cond", "compact", "host", "stream", "auto")
-    """What is timed. `loop` is there too; it needs stages that are equal."""
+    strategies: tuple[str, ...] = ("full", "cond", "compact", "host", "stream", "auto")
+    """What is timed. `loop` is there too; it needs stages that are equal. Tiles of your own are
+    added to a name, compact:32,8."""
     batches: tuple[int, ...] = (1, 32, 256)
     """Images a call."""
     distributions: tuple[str, ...] = NAMED
@@ -130,6 +131,29 @@ def rates_of(name: str, exits: int, trained: Sequence[float] | None = None) -> t
     return rates
 
 
+def is_stream(strategy: str) -> bool:
+    """Whether a strategy, with tiles or without, is `stream`."""
+    return strategy.partition(":")[0] == "stream"
+
+
+def tiles_of(strategy: str) -> tuple[str, tuple[int, ...] | None]:
+    """`"compact:32,8"` as `("compact", (32, 8))`; no tiles are None.
+
+    Raises:
+      ValueError: no such strategy, tiles that are no numbers, or a strategy without tiles.
+    """
+    name, _, sizes = strategy.partition(":")
+    if name not in STRATEGIES:
+        raise ValueError(f"--strategies: {name!r} is none; give some of {', '.join(STRATEGIES)}.")
+    if not sizes:
+        return name, None
+    if name not in TILED or not all(size.isdigit() for size in sizes.split(",")):
+        raise ValueError(
+            f"--strategies: {strategy!r}; give {', '.join(TILED)} with tiles as in compact:32,8."
+        )
+    return name, tuple(int(size) for size in sizes.split(","))
+
+
 def _numbers(name: str) -> tuple[float, ...]:
     try:
         rates = tuple(float(word) for word in name.split(","))
@@ -175,6 +199,8 @@ def _check(arguments: Arguments) -> None:
             _check_rates("--rates", arguments.rates)
         for name in arguments.distributions:
             rates_of(name, network.num_exits, arguments.rates)
+    for name in arguments.strategies:
+        tiles_of(name)
     for name in arguments.distributions:
         if name not in NAMED:
             _numbers(name)

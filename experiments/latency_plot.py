@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 
 # The look that all of the project's pictures have.
 from eejax.plots import _COLOURS, _FAINT, _INK, _STYLE
+from experiments.latency_flags import is_stream
 
 # Where a panel ends, in times of the whole network.
 HIGHEST = 2.0
@@ -23,6 +24,15 @@ _LOOKS = {
     "full": _FAINT,
     **dict(zip(("cond", "compact", "loop", "host", "stream", "auto"), _COLOURS, strict=True)),
 }
+
+
+def _colours(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A colour for each strategy; those with tiles of their own take the first that are free."""
+    found = {row["strategy"] for row in rows}
+    looks = {name: colour for name, colour in _LOOKS.items() if name in found}
+    own = sorted(found - set(looks))
+    free = [c for c in _COLOURS if c not in looks.values()] or list(_COLOURS)
+    return looks | {name: free[i % len(free)] for i, name in enumerate(own)}
 
 
 def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -36,7 +46,7 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     if not rows:
         raise ValueError("no row to draw: give at least one.")
-    groups = grouped(rows)
+    groups, looks = grouped(rows), _colours(rows)
     columns = min(len(groups), 2)
     lines = math.ceil(len(groups) / columns)
     with matplotlib.rc_context(_STYLE):
@@ -47,10 +57,9 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if i >= len(groups):
                 axes.remove()
                 continue
-            _panel(axes, groups[i])
+            _panel(axes, groups[i], looks)
         figure.supylabel("time / the whole network's at its best")
-        names = [name for name in _LOOKS if any(row["strategy"] == name for row in rows)]
-        keys: list[Any] = [Patch(color=_LOOKS[name], label=name) for name in names]
+        keys: list[Any] = [Patch(color=c, label=name) for name, c in looks.items()]
         keys += [
             Line2D([], [], color=_INK, linewidth=2, label="ideal"),
             Line2D([], [], color=_INK, linewidth=0.9, linestyle="--", label="whole network"),
@@ -63,7 +72,7 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     """The rows of each batch size, a stream's for themselves."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["batch"], row["strategy"] == "stream"), []).append(dict(row))
+        groups.setdefault((row["batch"], is_stream(row["strategy"])), []).append(dict(row))
     return list(groups.values())
 
 
@@ -77,10 +86,10 @@ def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     latency(rows).savefig(path, dpi=150)
 
 
-def _panel(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, str]) -> None:
     """One batch size: a group of bars a distribution."""
     distributions = list(dict.fromkeys(row["distribution"] for row in rows))
-    strategies = [name for name in _LOOKS if any(row["strategy"] == name for row in rows)]
+    strategies = [name for name in looks if any(row["strategy"] == name for row in rows)]
     width = 0.84 / max(len(strategies), 4)
     # One slow strategy must not flatten the others; what is cut off is written above its bar.
     top = 1.08 * min(HIGHEST, max(1.0, *(row["ms"] / row["full_best_ms"] for row in rows)))
@@ -89,15 +98,17 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         x = distributions.index(row["distribution"]) + place * width
         whole = row["full_best_ms"]
         height = row["ms"] / whole
-        axes.bar(x, height, 0.9 * width, color=_LOOKS[row["strategy"]])
+        axes.bar(x, height, 0.9 * width, color=looks[row["strategy"]])
         if height > top:
             axes.annotate(f"{height:.1f}", (x, top), ha="center", va="bottom", fontsize=7)
         ends = (x - 0.45 * width, x + 0.45 * width)
         axes.hlines(row["ideal_ms"] / whole, *ends, color=_INK, linewidth=2)
     axes.axhline(1, color=_INK, linewidth=0.9, linestyle="--", zorder=1)
     count = f"{rows[0]['batch']:,} images" if rows[0]["batch"] > 1 else "1 image"
-    streamed = "a stream of " if strategies == ["stream"] else ""
-    title = f"{streamed}{count}; whole network {rows[0]['full_best_ms']:.3g} ms"
+    streamed = "a stream of " if all(map(is_stream, strategies)) else ""
+    whole = rows[0]["full_best_ms"]
+    shown = f"{whole:,.0f}" if whole >= 1000 else f"{whole:.3g}"
+    title = f"{streamed}{count}; whole network {shown} ms"
     axes.set_title(title, pad=14)
     axes.set_xticks(np.arange(len(distributions)), distributions)
     axes.set_xlim(-0.5, len(distributions) - 0.5)

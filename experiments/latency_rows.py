@@ -18,7 +18,7 @@ from eejax import cost
 from eejax.inference import cond, predictor
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, PyTree, Variables
 from experiments import latency_strategies as strategies
-from experiments.latency_flags import Arguments
+from experiments.latency_flags import Arguments, is_stream
 from experiments.latency_reference import (
     Plain,
     Row,
@@ -55,7 +55,8 @@ def groups(subject: Subject, arguments: Arguments, show: Show) -> Iterator[list[
     for note in filter(None, (strategies.remark(name, subject) for name in names)):
         show.line(note)
     batches = sorted(set(arguments.batches))
-    streamed = "stream" in names and arguments.images > 0
+    streams = [name for name in names if is_stream(name)]
+    streamed = streams and arguments.images > 0
     size = 1 << min(CHUNK, arguments.images).bit_length() - 1 if streamed else 0
     plain = plains(subject)
     served = {*batches, *([size] if streamed else [])}
@@ -65,17 +66,17 @@ def groups(subject: Subject, arguments: Arguments, show: Show) -> Iterator[list[
     def best(batch: int) -> int:
         return min((b for b in seconds if b <= batch), key=lambda b: seconds[b])
 
-    direct = [name for name in names if name != "stream"]
+    direct = [name for name in names if name not in streams]
     for batch in batches if direct else ():
         try:
             yield _batch_rows(subject, arguments, batch, best(batch), plain, direct, show)
         except Exception as error:
             show.failed(f"batch {batch}: {reason(error)}")
-    if streamed:
+    for name in streams if streamed else ():
         try:
-            yield _stream_rows(subject, arguments, size, best(size), plain, show)
+            yield _stream_rows(name, subject, arguments, size, best(size), plain, show)
         except Exception as error:
-            show.failed(f"stream: {reason(error)}")
+            show.failed(f"{name}: {reason(error)}")
 
 
 def reason(error: Exception) -> str:
@@ -198,19 +199,25 @@ def _prepared(
 
 
 def _stream_rows(
-    subject: Subject, arguments: Arguments, size: int, best: int, plain: Plain, show: Show
+    name: str,
+    subject: Subject,
+    arguments: Arguments,
+    size: int,
+    best: int,
+    plain: Plain,
+    show: Show,
 ) -> list[Row]:
     """A pass of `stream` over many images, against the plain network in batches of `size`.
 
     The plain network is timed on at most 1,024 of them between the passes, and its time scaled.
     """
-    show.status("stream: compiling")
+    show.status(f"{name}: compiling")
     pool = subject.images[: min(STREAMED, arguments.images)]
     order = np.arange(arguments.images) % len(pool)
     batches = [pool[order[i : i + size]] for i in range(0, len(order), size)]
     pieces = [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
     plain_calls, reference = reference_calls(plain, subject, pieces, best)
-    streamer = strategies.stream(subject, size)
+    streamer = strategies.stream(name, subject, size)
     rows = []
     for distribution in dict.fromkeys(arguments.distributions):
         if distribution not in arguments.long():
@@ -221,7 +228,7 @@ def _stream_rows(
         seconds, references, exits = [], [], []
         passes = min(PASSES, arguments.repeats)
         for i in range(passes):
-            show.status(f"stream: {distribution}, pass {i + 1} of {passes}")
+            show.status(f"{name}: {distribution}, pass {i + 1} of {passes}")
             references.append(cost.paired_seconds(plain_calls, 4, 1))
             start = time.perf_counter()
             exits = [np.asarray(p.exits) for p in streamer(limits, batches)]
@@ -231,7 +238,7 @@ def _stream_rows(
         rows.append(
             {
                 "network": subject.name,
-                "strategy": "stream",
+                "strategy": name,
                 "batch": len(order),
                 "distribution": distribution,
                 "peak_bytes": None,

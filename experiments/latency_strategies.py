@@ -13,6 +13,7 @@ from jax import Array
 import eejax
 from eejax import compaction
 from eejax.inference import Executor, Predictor
+from experiments.latency_flags import tiles_of
 from experiments.latency_subject import Subject
 
 
@@ -32,7 +33,11 @@ def serving(
     strategy: str, subject: Subject, limits: Array, images: np.ndarray, repeats: int
 ) -> Serving:
     """A strategy for batches like `images`; only `auto` looks at the thresholds."""
-    return _MAKERS[strategy](subject, limits, images, repeats)
+    name, tiles = tiles_of(strategy)
+    if name == "auto":
+        return _auto(subject, limits, images, repeats)
+    largest = 1 << (len(images) - 1).bit_length()
+    return Serving(_tiled(name, tiles, subject, largest), {})
 
 
 def depends_on_thresholds(strategy: str) -> bool:
@@ -42,14 +47,19 @@ def depends_on_thresholds(strategy: str) -> bool:
 
 def remark(strategy: str, subject: Subject) -> str:
     """What a reader of the strategy's rows should know, or ""."""
-    if strategy == "loop" and all(b - a == 1 for a, b in compaction.runs(subject.network)):
+    if tiles_of(strategy)[0] == "loop" and all(
+        b - a == 1 for a, b in compaction.runs(subject.network)
+    ):
         return "loop: no two neighbouring stages of this network are equal; it runs as compact"
     return ""
 
 
-def stream(subject: Subject, chunk: int) -> Any:
+def stream(strategy: str, subject: Subject, chunk: int) -> Any:
     """`streamer(thresholds, batches)`."""
-    return eejax.stream(subject.network, subject.policy, subject.variables, chunk=chunk)
+    tiles = tiles_of(strategy)[1]
+    return eejax.stream(
+        subject.network, subject.policy, subject.variables, chunk=chunk, tiles=tiles
+    )
 
 
 def program_bytes(predict: Any, limits: Array, images: np.ndarray) -> int | None:
@@ -79,26 +89,18 @@ def bytes_at_peak() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _program(
-    executor: Executor, subject: Subject, limits: Array, images: np.ndarray, repeats: int
-) -> Serving:
-    del limits, repeats
-    variables: Any = subject.variables
-    if executor is eejax.loop:
-        variables = eejax.stack(subject.network, variables)
-    largest = 1 << (len(images) - 1).bit_length()
-    return Serving(
-        eejax.predictor(subject.network, subject.policy, variables, executor, max_batch=largest),
-        {},
-    )
-
-
-def _host(subject: Subject, limits: Array, images: np.ndarray, repeats: int) -> Serving:
-    del limits, repeats
-    largest = 1 << (len(images) - 1).bit_length()
-    return Serving(
-        eejax.host(subject.network, subject.policy, subject.variables, max_batch=largest), {}
-    )
+def _tiled(name: str, tiles: tuple[int, ...] | None, subject: Subject, largest: int) -> Any:
+    """All but `auto` and `stream`, for batches up to `largest`."""
+    network, policy, variables = subject.network, subject.policy, subject.variables
+    if name == "host":
+        return eejax.host(network, policy, variables, tiles=tiles, max_batch=largest)
+    executors: dict[str, Executor] = {"full": eejax.full, "cond": eejax.cond}
+    executors |= {
+        "compact": functools.partial(eejax.compact, tiles=tiles),
+        "loop": functools.partial(eejax.loop, tiles=tiles),
+    }
+    bound: Any = eejax.stack(network, variables) if name == "loop" else variables
+    return eejax.predictor(network, policy, bound, executors[name], max_batch=largest)
 
 
 def _auto(subject: Subject, limits: Array, images: np.ndarray, repeats: int) -> Serving:
@@ -106,13 +108,3 @@ def _auto(subject: Subject, limits: Array, images: np.ndarray, repeats: int) -> 
         subject.network, subject.policy, subject.variables, limits, images, repeats=min(repeats, 7)
     )
     return Serving(chosen.predict, {"chosen": chosen.name, "explanation": chosen.explanation})
-
-
-_MAKERS: dict[str, Callable[[Subject, Array, np.ndarray, int], Serving]] = {
-    "full": functools.partial(_program, eejax.full),
-    "cond": functools.partial(_program, eejax.cond),
-    "compact": functools.partial(_program, eejax.compact),
-    "loop": functools.partial(_program, eejax.loop),
-    "host": _host,
-    "auto": _auto,
-}

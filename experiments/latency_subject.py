@@ -23,7 +23,7 @@ from eejax.training import init_state
 from experiments import build, data
 from experiments.cli import from_json, read_run
 from experiments.config import Config, NetworkConfig
-from experiments.latency_flags import Arguments, rates_of
+from experiments.latency_flags import Arguments, is_stream, rates_of
 from experiments.loop import CHECKPOINTS
 
 # At batch 1 every call serves another image, of so many, so that a distribution can be had.
@@ -64,7 +64,7 @@ def subject(arguments: Arguments) -> Subject:
       ValueError, OSError, CheckpointError: what the flags name cannot be had, or does not fit.
     """
     wanted = max(SINGLES, *arguments.batches)
-    if arguments.images and "stream" in arguments.strategies:
+    if arguments.images and any(map(is_stream, arguments.strategies)):
         wanted = max(wanted, min(STREAMED, arguments.images))
     made = _random(arguments, wanted) if arguments.run is None else _of_run(arguments, wanted)
     for name in arguments.distributions:

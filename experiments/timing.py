@@ -44,7 +44,7 @@ def inference_row(
       images: `[N, ...]` on the host, from the front of which `batches` batches are taken.
       batch: images a call.
       batches: how many different batches.
-      repeats: interleaved runs of each batch; the median of each counts.
+      repeats: interleaved passes over the batches; the median counts.
 
     Raises:
       ValueError: fewer images than one batch.
@@ -57,25 +57,20 @@ def inference_row(
     limits = jnp.asarray(thresholds)
     plain = fastest_plain(network, variables, images[:batch])
     pieces = [images[i * batch : (i + 1) * batch] for i in range(batches)]
-    reach = np.zeros(network.num_exits)
-    times = []
-    for piece in pieces:
-        exits = np.asarray(predict(limits, piece).exits)
-        reach += [(exits >= e).sum() for e in range(network.num_exits)]
-        both = cost.paired_seconds(
-            [
-                lambda piece=piece: np.asarray(plain(piece)),
-                lambda piece=piece: np.asarray(predict(limits, piece).labels),
-            ],
-            repeats,
-        )
-        times.append(both)
-    stages = cost.stage_seconds(
-        network, variables, jnp.asarray(pieces[0]), max(repeats, 200 // batch, 10)
+    exits = np.concatenate([np.asarray(predict(limits, piece).exits) for piece in pieces])
+    reach = np.array([(exits >= e).sum() for e in range(network.num_exits)])
+    times = cost.paired_seconds(
+        [
+            lambda: [np.asarray(plain(piece)) for piece in pieces],
+            lambda: [np.asarray(predict(limits, piece).labels) for piece in pieces],
+        ],
+        repeats,
     )
-    plain_ms, early_ms = 1e3 * np.median(times, axis=2).mean(0)
+    times /= batches
+    stages = cost.stage_seconds(network, variables, jnp.asarray(pieces[0]), max(repeats, 10))
+    plain_ms, early_ms = (1e3 * float(t) for t in np.median(times, axis=1))
     needed = (stages * reach).sum() / (stages.sum() * batch * batches)
-    low, high = np.quantile(times, (0.25, 0.75), axis=2).mean(1)
+    low, high = 1e3 * np.quantile(times[1], (0.25, 0.75))
     return {
         "strategy": strategy,
         "batch": batch,
@@ -84,7 +79,7 @@ def inference_row(
         "ideal_ms": plain_ms * needed,
         "speedup": plain_ms / early_ms,
         "efficiency": plain_ms * needed / early_ms,
-        "spread": float(1e3 * (high - low)[1] / early_ms),
+        "spread": float(high - low) / early_ms,
         "stage_ms": (1e3 * stages).tolist(),
         "exit_fractions": (-np.diff(np.append(reach, 0)) / (batch * batches)).tolist(),
     }

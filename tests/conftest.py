@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,3 +18,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # reproduces it.
 hypothesis.settings.register_profile("eejax", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("eejax")
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The directory of a small run of the main job on the embedded data."""
+    from experiments import cifar
+
+    path = tmp_path_factory.mktemp("job") / "run"
+    flags = [
+        *("--data.name", "digits", "--network.width", "4", "--train.epochs", "6"),
+        *("--policies.budgets", "0.02", "0.7", "--policies.curve", "4", "--inference.repeats", "2"),
+        *("--policies.thresholds", "1", "2", "3"),
+        *("--inference.batch", "64", "--inference.budget", "0.7"),
+    ]
+    assert cifar.main([*flags, "--workdir", str(path)]) == 0
+    return path

@@ -7,27 +7,10 @@ import pytest
 
 from experiments import cifar, loop
 
-FLAGS = [
-    *("--data.name", "digits", "--network.width", "4", "--train.epochs", "6"),
-    *("--policies.budgets", "0.02", "0.7", "--policies.curve", "4", "--inference.repeats", "2"),
-    *(
-        "--policies.thresholds",
-        "1",
-        "2",
-        "3",
-        "--inference.batch",
-        "64",
-        "--inference.budget",
-        "0.7",
-    ),
-]
-
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("job") / "run"
-    assert cifar.main([*FLAGS, "--workdir", str(path)]) == 0
-    return path
+def workdir(digits_run):
+    return digits_run
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from experiments import cifar, latency, latency_rows, latency_strategies, latency_subject
+import eejax
+from experiments import latency, latency_rows, latency_strategies, latency_subject
 from experiments.latency_flags import parse, rates_of
 from experiments.latency_reference import break_even
 from experiments.latency_subject import imposed, shares
@@ -118,10 +120,10 @@ def _subject():
 @pytest.mark.usefixtures("made_once")
 def test_a_strategy_that_fails_costs_its_rows_only(tmp_path, monkeypatch, capsys):
 
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("it is\nbroken")
 
-    monkeypatch.setitem(latency_strategies._MAKERS, "compact", broken)
+    monkeypatch.setattr(eejax, "compact", broken)
     monkeypatch.setattr(latency_strategies, "stream", broken)
     path = tmp_path / "rows.json"
     flags = ["--strategies", "compact", "loop", "stream", "--batches", "2", "--images", "8"]
@@ -151,28 +153,25 @@ def test_stopping_leaves_what_was_timed(tmp_path, monkeypatch, capsys):
     assert len(rows_in(path)) == 1
 
 
-def test_a_run_brings_its_network_policy_and_thresholds(tmp_path, capsys):
-    run, path = tmp_path / "run", tmp_path / "rows.json"
-    made = [
-        *("--data.name", "digits", "--network.width", "2", "--network.exits", "2"),
-        *("--train.epochs", "2", "--train.optimiser", "sgd", "--train.loss", "joint"),
-        *("--policies.curve", "2", "--policies.names", "max_prob", "--policies.budgets", "0.7"),
-        *("--inference.repeats", "1", "--inference.batch", "16", "--inference.budget", "0.7"),
-    ]
-    assert cifar.main([*made, "--workdir", str(run)]) == 0
-    flags = ["--run", str(run), "--strategies", "full", "--batches", "450", "--repeats", "1"]
+def test_a_run_brings_its_network_policy_and_thresholds(digits_run, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    flags = ["--strategies", "full", "--batches", "450", "--repeats", "1"]
     flags += ["--full-best-batches", "450", "--distributions", "trained", "last"]
-    assert latency.main([*flags, "--json", str(path)]) == 0
+    assert latency.main(["--run", str(digits_run), *flags, "--json", str(path)]) == 0
     trained, last = rows_in(path)
     assert "digits" in trained["network"]
-    assert last["exit_fractions"] == [0, 1]
+    assert last["exit_fractions"] == [0, 0, 0, 1]
     # All test images, with the thresholds that the run chose for the same budget.
-    chosen = json.loads((run / "report.json").read_text())["policies"][0]
-    assert chosen["target"] == {"kind": "budget", "value": 0.7}
+    policies = json.loads((digits_run / "report.json").read_text())["policies"]
+    target = {"kind": "budget", "value": 0.7}
+    chosen = next(p for p in policies if (p["name"], p["target"]) == ("max_prob", target))
+    assert chosen["search"] != "geometric"
     np.testing.assert_allclose(trained["exit_fractions"], chosen["exit_fractions"], atol=2 / 450)
     capsys.readouterr()
-    (run / "checkpoints").rename(run / "elsewhere")
-    assert latency.main(flags) == 2
+    run = shutil.copytree(
+        digits_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")
+    )
+    assert latency.main(["--run", str(run), *flags]) == 2
     assert "no checkpoint" in capsys.readouterr().err
 
 
