@@ -5,11 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax import cost
+from eejax import compact, cond, cost, loop, max_prob, predictor, stack
 from eejax.models.fast import fast
+from eejax.models.isotropic import isotropic
 from eejax.models.resnet import resnet
+from eejax.routing import collect, route, score
 
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+SMALL = {
+    "fast": lambda dtype: fast(4, width=4, gate=True, dtype=dtype),
+    "resnet": lambda dtype: resnet(4, depth=8, width=4, exits=(1, 2), gate=True, dtype=dtype),
+    "isotropic": lambda dtype: isotropic(4, depth=4, width=4, gate=True, dtype=dtype),
+}
 
 
 def parameters(network, image=IMAGE) -> int:
@@ -76,15 +83,11 @@ def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("build", ["fast", "resnet"])
+@pytest.mark.parametrize("build", SMALL)
 def test_every_parameter_is_reached_by_gradients(build, dtype):
-    network = (
-        fast(4, width=4, gate=True, dtype=dtype)
-        if build == "fast"
-        else resnet(4, depth=8, width=4, exits=(1, 2), gate=True, dtype=dtype)
-    )
+    network = SMALL[build](dtype)
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    variables = network.init(jax.random.key(0), images)
+    variables = jax.jit(network.init)(jax.random.key(0), images)
 
     def loss(params):
         outputs, stats = network.apply_all({**variables, "params": params}, images, train=True)
@@ -100,3 +103,22 @@ def test_every_parameter_is_reached_by_gradients(build, dtype):
     ):
         assert not np.array_equal(before, after)
         assert after.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("build", SMALL)
+def test_executors_agree_with_the_reference_on_shipped_networks(build):
+    """Two programs differ in the last bits, so samples that sit on a threshold are left out."""
+    network = SMALL[build](jnp.float32)
+    images = np.random.default_rng(3).normal(size=(40, 8, 8, 3)).astype(np.float32)
+    variables = jax.jit(network.init)(jax.random.key(2), images[:1])
+    scored = score(max_prob, collect(network, variables, images, np.zeros(40, int)))
+    thresholds = np.quantile(scored.scores[:, :-1], 0.6, axis=0).astype(np.float32)
+    routed = route(scored, thresholds)
+    assert len(set(routed.exits.tolist())) == network.num_exits
+    clear = (np.abs(scored.scores[:, :-1] - thresholds) > 1e-5).all(1)
+    assert clear.sum() >= 36
+    for executor in (cond, compact, loop):
+        bound = stack(network, variables) if executor is loop else variables
+        found = predictor(network, max_prob, bound, executor)(thresholds, images)
+        np.testing.assert_array_equal(found.exits[clear], routed.exits[clear])
+        np.testing.assert_allclose(found.logits[clear], routed.logits[clear], rtol=1e-4, atol=1e-4)

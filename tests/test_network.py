@@ -12,7 +12,7 @@ import pytest
 import toys
 
 from eejax import EarlyExitNetwork, ExitOutput, Module, normalise
-from eejax.adapters import from_linen
+from eejax.adapters import Chain, from_linen
 from eejax.heads import PooledLinear
 
 
@@ -177,6 +177,14 @@ def test_training_returns_new_statistics_and_leaves_the_old_ones_alone():
     assert np.abs(outputs.logits - same.logits).max() > 1e-3
 
 
+def test_equal_linen_modules_are_one_pair_of_functions():
+    assert from_linen(PooledLinear(3)) == from_linen(PooledLinear(3))
+    assert from_linen(PooledLinear(3)) != from_linen(PooledLinear(4))
+    # A list cannot be hashed: such a module works, and is equal to nothing.
+    chain = Chain([nn.Dense(2)])  # pyright: ignore
+    assert from_linen(chain) != from_linen(chain)
+
+
 def test_a_linen_module_without_statistics_trains_too():
     module = from_linen(PooledLinear(3, gate=True))
     features = jnp.ones((2, 4, 4, 5))
@@ -205,6 +213,9 @@ def test_a_pooled_head_answers_in_float32(kind, pool):
         output.gate, (pooled @ params["gate"]["kernel"])[:, 0] - 1, rtol=1e-4, atol=1e-5
     )
     assert output.memory == ()
+    # Inference pools in another way than training does.
+    trained, _ = head.apply(variables, features, (), train=True)
+    np.testing.assert_allclose(output.logits, trained.logits, rtol=1e-4, atol=1e-5)
     silent = from_linen(PooledLinear(3, pool=pool))
     output, _ = silent.apply(
         silent.init(jax.random.key(1), features, ()), features, (), train=False
