@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from eejax import compaction
-from eejax.compaction import Answers, Rows
+from eejax import packing
 from eejax.inference import Prediction, bound
 from eejax.network import EarlyExitNetwork, Variables
+from eejax.packing import Answers, Rows
 from eejax.policies import Policy
 from eejax.routing import check_thresholds
 
@@ -54,9 +54,9 @@ def host(
       ValueError: tiles that do not nest.
     """
     if tiles is not None:
-        compaction.check_tiles(tiles)
+        packing.check_tiles(tiles)
     places = [jax.devices()[0]] if devices is None else list(devices)
-    parts = compaction.segments(network, variables)
+    parts = packing.segments(network, variables)
     on_each = {
         device: [
             functools.cache(functools.partial(_program, network, policy, e, each, device))
@@ -69,8 +69,8 @@ def host(
     def tiles_for(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
         if tiles is not None:
             return tiles
-        row = compaction.row_bytes(parts[0], jax.ShapeDtypeStruct((1, *shape), dtype))
-        return compaction.default_tiles(max_batch, row)
+        row = packing.row_bytes(parts[0], jax.ShapeDtypeStruct((1, *shape), dtype))
+        return packing.default_tiles(max_batch, row)
 
     integer = functools.cache(lambda value, device: jax.device_put(np.int32(value), device))
 
@@ -110,7 +110,7 @@ def host(
         yield answers
 
     def predict(thresholds: Iterable[float] | Array, images: Any) -> Prediction:
-        limits = compaction.limits_of(jnp.asarray(check_thresholds(thresholds, network.num_exits)))
+        limits = packing.limits_of(jnp.asarray(check_thresholds(thresholds, network.num_exits)))
         if len(images) == 0:
             raise ValueError("a batch of no images; give at least one.")
         found = []
@@ -139,7 +139,7 @@ def _program(
     network: EarlyExitNetwork,
     policy: Policy,
     e: int,
-    segment: compaction.Segment,
+    segment: packing.Segment,
     device: Any,
     size: int,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -155,15 +155,15 @@ def _program(
         kept: Array,
         limits: Array,
     ) -> Any:
-        run = compaction.stage(segment, policy, limits, exits)
+        run = packing.stage(segment, policy, limits, exits)
         onward, answers = buffers
-        return compaction.take(run, e, variables, rows, wanted, done, onward, kept, answers, size)
+        return packing.take(run, e, variables, rows, wanted, done, onward, kept, answers, size)
 
     def begin(variables: Any, rows: Rows) -> tuple[Rows | None, Answers]:
-        run = compaction.stage(segment, policy, jnp.zeros(exits), exits)
-        after, logits = jax.eval_shape(run, e, rows, variables)[:2]
-        answers = compaction.empty_answers(logits, len(rows.places) + size)
-        return (None if e == exits - 1 else compaction.empty(after)), answers
+        run = packing.stage(segment, policy, jnp.zeros(exits), exits)
+        after, logits = jax.eval_shape(functools.partial(run, e), rows, variables)[:2]
+        answers = packing.empty_answers(logits, len(rows.places) + size)
+        return (None if e == exits - 1 else packing.empty(after)), answers
 
     variables = jax.device_put(segment.variables, device)
     return bound(step, variables, donate_argnums=(1,)), bound(begin, variables)

@@ -23,22 +23,24 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from eejax import reports
+
 # Okabe and Ito's palette without its yellow, which is too pale for a line on white. Each colour
 # goes with a marker of its own, so that the lines differ in a grey print too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "v", "P", "X")
-_INK, _FAINT = "#333333", "#b8b8b8"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "v", "P", "X")
+INK, FAINT = "#333333", "#b8b8b8"
 
-_STYLE: dict[Any, Any] = {  # a reader's own matplotlibrc (LaTeX text, ...) stays out
+STYLE: dict[Any, Any] = {  # a reader's own matplotlibrc (LaTeX text, ...) stays out
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same layout everywhere
     "text.usetex": False,
-    "text.color": _INK,
+    "text.color": INK,
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
     "axes.titlelocation": "left",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.edgecolor": "#777777",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -73,7 +75,7 @@ def cost_curve(
     Raises:
         ValueError: an array has another shape, or there is no exit.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 5.0), layout="constrained")
         _draw_cost_curve(figure, curves, exits, points or {}, colours)
     return figure
@@ -97,9 +99,9 @@ def exit_histogram(
         raise ValueError(f"expected fractions [policies, exits], got shape {rows.shape}")
     if len(labels) != len(rows):
         raise ValueError(f"{len(labels)} labels for {len(rows)} policies; give one each")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 0.9 + 1.0 * len(rows)), layout="constrained")
-        _draw_histogram(figure, rows, labels, colours or _cycle(_COLOURS, len(rows)))
+        _draw_histogram(figure, rows, labels, colours or _cycle(COLOURS, len(rows)))
     return figure
 
 
@@ -125,10 +127,10 @@ def accuracy_per_exit(accuracy: ArrayLike, fractions: ArrayLike | None = None) -
             raise ValueError(f"{cost.size} costs for {percent.size} exits; give one each")
         names = [f"{n}\n{c:.2f}" for n, c in zip(names, cost, strict=True)]
         label = "exit, and below it its cost (fraction of the whole network's MACs)"
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 3.0), layout="constrained")
         axes = figure.add_subplot(xlabel=label, ylabel="accuracy (%)")
-        axes.plot(number, percent, "o-", color=_COLOURS[0])
+        axes.plot(number, percent, "o-", color=COLOURS[0])
         _write_above(axes, number, percent, [f"{y:.1f}" for y in percent], gap=7)
         axes.set_xticks(number, names)
         axes.set_xlim(0.5, percent.size + 0.5)
@@ -157,7 +159,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], ece: ArrayLike | None = None)
         raise ValueError(f"{errors.size} calibration errors for {len(bins)} exits; give one each")
     rows = math.ceil(len(bins) / 5)
     columns = math.ceil(len(bins) / rows)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(2.6, 1.9 * columns), 0.5 + 2.1 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
         for e, axes in enumerate(grid):
@@ -173,9 +175,9 @@ def reliability(bins: Sequence[Mapping[str, Any]], ece: ArrayLike | None = None)
             share = count / max(count.sum(), 1)
             if math.isnan(errors[e]):
                 errors[e] = share @ np.abs(confidence - accuracy)
-            axes.plot([0, 1], [0, 1], "--", color=_INK, linewidth=0.8)
-            axes.vlines(confidence, confidence, accuracy, color=_FAINT)
-            axes.scatter(confidence, accuracy, 8 + 160 * share, _COLOURS[0], alpha=0.75, zorder=3)
+            axes.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.8)
+            axes.vlines(confidence, confidence, accuracy, color=FAINT)
+            axes.scatter(confidence, accuracy, 8 + 160 * share, COLOURS[0], alpha=0.75, zorder=3)
             axes.set(title=f"exit {e + 1}: ECE {errors[e]:.3f}", aspect="equal")
             axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         figure.supxlabel("mean confidence of a bin")
@@ -211,14 +213,14 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         panels += [("mean gate (probability of stopping)", [(gate, "-")])]
     if np.isfinite(entropy).any():
         panels += [("entropy of the mean exit (nats)", [(entropy, "-")])]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         rows = 2 if len(panels) == 4 else 1
         figure = Figure(figsize=(9.6, 3.0 * rows), layout="constrained")
         grid = figure.subplots(rows, len(panels) // rows, squeeze=False).flat
         for axes, (label, lines) in zip(grid, panels, strict=True):
             for values, style in lines:
                 for e, line in enumerate(values.T):
-                    colour = _INK if values is loss or values is entropy else ramp[e]
+                    colour = INK if values is loss or values is entropy else ramp[e]
                     axes.plot(epochs, line, style, color=colour, marker=dot, linewidth=1.3)
             axes.set(xlabel="epoch", ylabel=label)
             if lines[0][0] is gate:
@@ -241,10 +243,10 @@ def summary(report: Mapping[str, Any]) -> Figure:
     Raises:
         ValueError: the report has no exit.
     """
-    policies = leading_policies(report)[: len(_COLOURS)]
+    policies = reports.leading_policies(report)[: len(COLOURS)]
     colours = policy_colours(report)
-    points = chosen_points(report)
-    with matplotlib.rc_context(_STYLE):
+    points = reports.chosen_points(report)
+    with matplotlib.rc_context(STYLE):
         height = max(4.6, 1.1 + 0.8 * len(policies))
         figure = Figure(figsize=(11.5 if policies else 8.4, height), layout="constrained")
         left = figure
@@ -252,100 +254,21 @@ def summary(report: Mapping[str, Any]) -> Figure:
             ratios = (1.6, 1)
             left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=ratios)[0]
             rows = np.asarray([p["exit_fractions"] for p in policies], float)
-            labels = [policy_label(p) for p in policies]
+            labels = [reports.policy_label(p) for p in policies]
             _draw_histogram(right, rows, labels, [colours[p["name"]] for p in policies])
-        _draw_cost_curve(left, curve_points(report), exit_points(report), points, colours)
+        _draw_cost_curve(
+            left, reports.curve_points(report), reports.exit_points(report), points, colours
+        )
     return figure
-
-
-# --- from a report to arrays
-
-
-def whole_macs(report: Mapping[str, Any]) -> float:
-    """MACs of the whole network: as recorded, else what leaving at the last exit costs."""
-    if not report["exits"]:
-        raise ValueError("the report lists no exit")
-    return float(report.get("whole_macs") or report["exits"][-1]["macs"])
-
-
-def mean_fraction(row: Mapping[str, Any], whole: float) -> float:
-    """`mean_fraction` of a row, else its `mean_macs` over the whole network's; NaN if not known."""
-    if row.get("mean_fraction") is not None:
-        return float(row["mean_fraction"])
-    return math.nan if row.get("mean_macs") is None else float(row["mean_macs"]) / whole
-
-
-def exit_points(report: Mapping[str, Any]) -> np.ndarray:
-    """`[E, 2]`: cost of leaving at each exit as a fraction of the whole network, and accuracy."""
-    whole = whole_macs(report)
-    rows = report["exits"]
-    costs = [r["macs"] / whole if r.get("fraction") is None else r["fraction"] for r in rows]
-    return np.asarray([costs, [r["accuracy"] for r in rows]], float).T
-
-
-def curve_points(report: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Per policy `[P, 2]`: mean cost as a fraction of the whole network, and accuracy."""
-    whole = whole_macs(report)
-    return {name: _points(rows, whole) for name, rows in (report.get("curve") or {}).items()}
-
-
-def chosen_points(report: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Per policy `[K, 2]`: mean cost and accuracy with the thresholds chosen for its K targets."""
-    rows = policies_with_result(report)
-    names = dict.fromkeys(p["name"] for p in rows)
-    whole = whole_macs(report)
-    return {name: _points([p for p in rows if p["name"] == name], whole) for name in names}
-
-
-def policies_with_result(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The policies that have numbers; one whose target cannot be hit has none."""
-
-    def known(values: ArrayLike | None) -> bool:
-        array = np.asarray([] if values is None else values, float)
-        return bool(array.size and np.isfinite(array).all())
-
-    keys = ("accuracy", "exit_fractions")
-    return [p for p in report["policies"] if all(known(p.get(key)) for key in keys)]
-
-
-def leading_policies(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The policies at one target, each once: at `report["target"]`, else at the first one's.
-
-    Of two searches for the same target the geometric one is left out.
-    """
-    known = [p for p in policies_with_result(report) if p.get("search") != "geometric"]
-    target = report.get("target")
-    if not any(p.get("target") == target for p in known):
-        target = known[0].get("target") if known else None
-    return [p for p in known if p.get("target") == target]
 
 
 def policy_colours(report: Mapping[str, Any]) -> dict[str, str]:
     """One colour for each policy name, the same in every figure of a report."""
     names = dict.fromkeys([*(report.get("curve") or {}), *(p["name"] for p in report["policies"])])
-    return dict(zip(names, _cycle(_COLOURS, len(names)), strict=True))
+    return dict(zip(names, _cycle(COLOURS, len(names)), strict=True))
 
 
-def target_words(target: Any) -> str:
-    """A policy's target in words: "cost <= 0.60", "drop <= 1.0 points", "fixed"."""
-    if not isinstance(target, Mapping):
-        return "" if target is None else str(target)
-    kind, value = target.get("kind"), target.get("value")
-    if value is None:
-        return str(kind)
-    words = {"budget": f"cost <= {value:.2f}", "drop": f"drop <= {100 * value:.1f} points"}
-    return words.get(str(kind), f"{kind} {value}")
-
-
-def policy_label(policy: Mapping[str, Any]) -> str:
-    """A policy and its target, and the search for its thresholds where it is not the usual one."""
-    search = policy.get("search") if policy.get("search") == "geometric" else None
-    return ", ".join(filter(None, (policy["name"], target_words(policy.get("target")), search)))
-
-
-def _points(rows: Sequence[Mapping[str, Any]], whole: float) -> np.ndarray:
-    columns = [[mean_fraction(row, whole) for row in rows], [row["accuracy"] for row in rows]]
-    return np.asarray(columns, float).T
+# --- drawing
 
 
 def _column(history: Sequence[Mapping[str, Any]], key: str, width: int | None = None) -> np.ndarray:
@@ -354,9 +277,6 @@ def _column(history: Sequence[Mapping[str, Any]], key: str, width: int | None = 
     width = max(np.size(v) if v is not None else 0 for v in found) if width is None else width
     rows = [np.full(width, np.nan) if v is None else np.ravel(np.asarray(v, float)) for v in found]
     return np.stack(rows)
-
-
-# --- drawing
 
 
 def _draw_cost_curve(
@@ -372,9 +292,9 @@ def _draw_cost_curve(
     axes = figure.add_subplot(ylabel="accuracy (%)")
     axes.set_xlabel("mean cost per image (fraction of the whole network's MACs)")
     names = list(dict.fromkeys([*curves, *points]))
-    colours = colours or dict(zip(names, _cycle(_COLOURS, len(names)), strict=True))
+    colours = colours or dict(zip(names, _cycle(COLOURS, len(names)), strict=True))
     keys = []
-    for name, marker in zip(names, _cycle(_MARKERS, len(names)), strict=True):
+    for name, marker in zip(names, _cycle(MARKERS, len(names)), strict=True):
         look = {"color": colours[name], "marker": marker, "markersize": 4}
         line = _pairs(f"curve {name}", curves.get(name, np.empty((0, 2))))
         line = line[np.isfinite(line).all(axis=1)]
@@ -384,17 +304,17 @@ def _draw_cost_curve(
         rings = _pairs(f"points {name}", points.get(name, np.empty((0, 2))))
         axes.plot(rings[:, 0], 100 * rings[:, 1], "o", color=look["color"], **_RING)
     cost, accuracy = network[:, 0], 100 * network[:, 1]
-    axes.plot(cost, accuracy, "D", color=_INK, markersize=5, zorder=4)
+    axes.plot(cost, accuracy, "D", color=INK, markersize=5, zorder=4)
     for e in np.flatnonzero(np.isfinite(network).all(axis=1)):
         at, place = (cost[e], accuracy[e]), {"xytext": (5, -3), "textcoords": "offset points"}
         axes.annotate(str(e + 1), at, fontweight="bold", va="top", **place)
     if math.isfinite(accuracy[-1]):
-        axes.axhline(accuracy[-1], color=_INK, linewidth=0.9, linestyle="--", zorder=1)
+        axes.axhline(accuracy[-1], color=INK, linewidth=0.9, linestyle="--", zorder=1)
         words, where = f"whole network {accuracy[-1]:.1f} %", axes.get_yaxis_transform()
         axes.annotate(words, (0.01, accuracy[-1]), (0, 3), where, "offset points", va="bottom")
     axes.margins(y=0.12)
     axes.set_xlim(0, 1.06 * np.nanmax([1.0, *cost]))
-    keys.append(_key("all images at one exit", color=_INK, marker="D", linestyle="none"))
+    keys.append(_key("all images at one exit", color=INK, marker="D", linestyle="none"))
     if any(len(np.asarray(rings)) for rings in points.values()):
         keys.append(_key("thresholds chosen for a target", marker="o", linestyle="none", **_RING))
     figure.legend(handles=keys, loc="outside lower center", ncols=min(4, len(keys)))
@@ -419,7 +339,7 @@ def _draw_histogram(
 _RING = {"markersize": 11, "markeredgewidth": 1.8, "fillstyle": "none"}
 
 
-def _key(label: str, color: Any = _INK, **look: Any) -> Line2D:
+def _key(label: str, color: Any = INK, **look: Any) -> Line2D:
     return Line2D([], [], label=label, color=color, **look)
 
 

@@ -10,6 +10,7 @@ the window allows, everything is worked off, in smaller tiles.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,10 +20,10 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eejax import compaction
-from eejax.compaction import Answers, Rows
+from eejax import packing
 from eejax.inference import Prediction, bound
 from eejax.network import EarlyExitNetwork, PyTree, Variables
+from eejax.packing import Answers, Rows
 from eejax.policies import Policy
 from eejax.routing import check_thresholds
 
@@ -75,7 +76,7 @@ def stream(
     devices = 1 if mesh is None else mesh.shape[axis]
     share, rest = divmod(chunk, devices)
     if tiles is not None:
-        compaction.check_tiles(tiles)
+        packing.check_tiles(tiles)
     if rest or share < 1 or (share % tiles[0] if tiles else share & (share - 1)):
         wanted = f"a multiple of {tiles[0] * devices}" if tiles else "a power of two on each"
         raise ValueError(f"chunk is {chunk}, for {devices} device(s); give {wanted}.")
@@ -171,17 +172,17 @@ def _feed(
     """One chunk through all stages on one device; `queues[e - 1]` waits for stage e."""
     exits = network.num_exits
     tiles = _tiles(network, variables, images, tiles)
-    limits = compaction.limits_of(thresholds)
+    limits = packing.limits_of(thresholds)
     waiting = Queue(Rows(images, (), policy.init(len(places)), places), count)
     answers, left = None, []
-    for e, segment in enumerate(compaction.segments(network, variables)):
-        run = compaction.stage(segment, policy, limits, exits)
+    for e, segment in enumerate(packing.segments(network, variables)):
+        run = packing.stage(segment, policy, limits, exits)
         if answers is None:
-            logits = jax.eval_shape(run, 0, waiting.rows, segment.variables)[1]
-            answers = compaction.empty_answers(logits, len(places) + exits * tiles[0])
+            logits = jax.eval_shape(functools.partial(run, e), waiting.rows, segment.variables)[1]
+            answers = packing.empty_answers(logits, len(places) + exits * tiles[0])
         onward = queues[e] if e < exits - 1 else Queue(None, jnp.zeros(1, jnp.int32))
         # Images are all taken: chunks are multiples of a tile, but for the last, which is flushed.
-        done, rows, kept, answers = compaction.work_off(
+        done, rows, kept, answers = packing.work_off(
             run,
             e,
             segment.variables,
@@ -203,9 +204,9 @@ def _feed(
 def _tiles(
     network: EarlyExitNetwork, variables: Variables, images: Any, tiles: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    first = compaction.segments(network, variables)[0]
-    row = compaction.row_bytes(first, images)
-    return compaction.default_tiles(len(images), row) if tiles is None else tiles
+    first = packing.segments(network, variables)[0]
+    row = packing.row_bytes(first, images)
+    return packing.default_tiles(len(images), row) if tiles is None else tiles
 
 
 def _moved_up(queue: Queue, done: Array, tile: int) -> Queue:
@@ -235,10 +236,10 @@ def _no_queues(
     tiles = _tiles(network, variables, images, tiles)
     queues = []
     limits = jnp.zeros(network.num_exits)
-    for e, segment in enumerate(compaction.segments(network, variables)[:-1]):
-        run = compaction.stage(segment, policy, limits, network.num_exits)
-        rows = jax.eval_shape(run, e, rows, segment.variables)[0]
-        room = compaction.empty(rows, len(places) + (e + 2) * tiles[0])
+    for e, segment in enumerate(packing.segments(network, variables)[:-1]):
+        run = packing.stage(segment, policy, limits, network.num_exits)
+        rows = jax.eval_shape(functools.partial(run, e), rows, segment.variables)[0]
+        room = packing.empty(rows, len(places) + (e + 2) * tiles[0])
         queues.append(Queue(room, jnp.zeros(1, jnp.int32)))
     return tuple(queues)
 

@@ -14,15 +14,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 # The look that all of the project's pictures have.
-from eejax.plots import _COLOURS, _FAINT, _INK, _STYLE
+from eejax.plots import COLOURS, FAINT, INK, STYLE
 from experiments.latency_flags import is_stream
 
 # Where a panel ends, in times of the whole network.
 HIGHEST = 2.0
 # The baseline is grey; a strategy's colour does not depend on which others were timed.
 _LOOKS = {
-    "full": _FAINT,
-    **dict(zip(("cond", "compact", "loop", "host", "stream", "auto"), _COLOURS, strict=True)),
+    "full": FAINT,
+    **dict(zip(("cond", "compact", "loop", "host", "stream", "auto"), COLOURS, strict=True)),
 }
 
 
@@ -31,7 +31,7 @@ def _colours(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found = {row["strategy"] for row in rows}
     looks = {name: colour for name, colour in _LOOKS.items() if name in found}
     own = sorted(found - set(looks))
-    free = [c for c in _COLOURS if c not in looks.values()] or list(_COLOURS)
+    free = [c for c in COLOURS if c not in looks.values()] or list(COLOURS)
     return looks | {name: free[i % len(free)] for i, name in enumerate(own)}
 
 
@@ -49,7 +49,7 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
     groups, looks = grouped(rows), _colours(rows)
     columns = min(len(groups), 2)
     lines = math.ceil(len(groups) / columns)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         size = (5.6 * columns, 1.0 + 2.8 * lines)
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False).flat
@@ -61,8 +61,8 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
         figure.supylabel("time / the whole network's at its best")
         keys: list[Any] = [Patch(color=c, label=name) for name, c in looks.items()]
         keys += [
-            Line2D([], [], color=_INK, linewidth=2, label="ideal"),
-            Line2D([], [], color=_INK, linewidth=0.9, linestyle="--", label="whole network"),
+            Line2D([], [], color=INK, linewidth=2, label="ideal"),
+            Line2D([], [], color=INK, linewidth=0.9, linestyle="--", label="whole network"),
         ]
         figure.legend(handles=keys, loc="outside lower center", ncols=min(8, len(keys)))
     return figure
@@ -102,8 +102,8 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, str
         if height > top:
             axes.annotate(f"{height:.1f}", (x, top), ha="center", va="bottom", fontsize=7)
         ends = (x - 0.45 * width, x + 0.45 * width)
-        axes.hlines(row["ideal_ms"] / whole, *ends, color=_INK, linewidth=2)
-    axes.axhline(1, color=_INK, linewidth=0.9, linestyle="--", zorder=1)
+        axes.hlines(row["ideal_ms"] / whole, *ends, color=INK, linewidth=2)
+    axes.axhline(1, color=INK, linewidth=0.9, linestyle="--", zorder=1)
     count = f"{rows[0]['batch']:,} images" if rows[0]["batch"] > 1 else "1 image"
     streamed = "a stream of " if all(map(is_stream, strategies)) else ""
     whole = rows[0]["full_best_ms"]

@@ -32,7 +32,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from eejax import plots
+from eejax import plots, reports
 from experiments import report_page as page
 from experiments import report_words as words
 from experiments.report_page import Gallery
@@ -128,9 +128,9 @@ def write_html(
 
 def _cost_blocks(report: Mapping[str, Any]) -> list[str]:
     figure = plots.cost_curve(
-        plots.curve_points(report),
-        plots.exit_points(report),
-        points=plots.chosen_points(report),
+        reports.curve_points(report),
+        reports.exit_points(report),
+        points=reports.chosen_points(report),
         colours=plots.policy_colours(report),
     )
     return [
@@ -156,13 +156,13 @@ def _cost_blocks(report: Mapping[str, Any]) -> list[str]:
 
 
 def _histogram_blocks(report: Mapping[str, Any]) -> list[str]:
-    policies = plots.leading_policies(report)
+    policies = reports.leading_policies(report)
     if not policies:
         return [page.paragraph("No policy has a result.", "soft")]
     colours = plots.policy_colours(report)
     figure = plots.exit_histogram(
         [policy["exit_fractions"] for policy in policies],
-        [plots.policy_label(policy) for policy in policies],
+        [reports.policy_label(policy) for policy in policies],
         colours=[colours[policy["name"]] for policy in policies],
     )
     text = (
@@ -174,7 +174,7 @@ def _histogram_blocks(report: Mapping[str, Any]) -> list[str]:
 
 
 def _exit_blocks(report: Mapping[str, Any], bins: Sequence[Mapping[str, Any]]) -> list[str]:
-    points = plots.exit_points(report)
+    points = reports.exit_points(report)
     blocks = [
         page.paragraph(
             "How good each exit is when it has to answer every test image, whatever its confidence."

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from eejax import plots
+from eejax import reports
 
 
 class Cells(NamedTuple):
@@ -36,7 +36,7 @@ def headline(report: Mapping[str, Any]) -> str:
             f"The whole network answers {_percent(whole)} of the test images correctly. "
             "No policy reached its target, so nothing is saved."
         )
-    cost = plots.mean_fraction(policy, plots.whole_macs(report))
+    cost = reports.mean_fraction(policy, reports.whole_macs(report))
     points = round(100 * (policy["accuracy"] - _nan(whole)), 1)
     change = (
         f"{abs(points):.1f} points {'more' if points < 0 else 'less'}" if points else "the same"
@@ -56,7 +56,7 @@ def exit_cells(report: Mapping[str, Any]) -> Cells:
     warm = any(row.get("temperature") is not None for row in report["exits"])
     columns = ("exit", "MACs", "cost", "accuracy %", "ECE", *(("temperature",) if warm else ()))
     rows = []
-    for row, (cost, accuracy) in zip(report["exits"], plots.exit_points(report), strict=True):
+    for row, (cost, accuracy) in zip(report["exits"], reports.exit_points(report), strict=True):
         words = [str(row["index"] + 1), macs_words(row["macs"]), _number(cost, 2)]
         words += [_number(100 * accuracy, 1), _number(row["ece"], 3)]
         rows.append((*words, *((_number(row.get("temperature"), 2),) if warm else ())))
@@ -65,18 +65,18 @@ def exit_cells(report: Mapping[str, Any]) -> Cells:
 
 def policy_cells(report: Mapping[str, Any]) -> Cells:
     """A row a policy and target, under one for the whole network: the result on the test images."""
-    whole, macs = _nan(report["exits"][-1]["accuracy"]), plots.whole_macs(report)
+    whole, macs = _nan(report["exits"][-1]["accuracy"]), reports.whole_macs(report)
     leaving = "% leaving at exit 1, 2, .."
     columns = ("policy", "target", "accuracy %", "change", "cost", "met", leaving)
     rows = [("whole network", "", _number(100 * whole, 1), "", "1.00", "", "")]
     for policy in report["policies"]:
-        accuracy, cost = _nan(policy.get("accuracy")), plots.mean_fraction(policy, macs)
+        accuracy, cost = _nan(policy.get("accuracy")), reports.mean_fraction(policy, macs)
         target, fractions = policy.get("target"), policy.get("exit_fractions")
         shares = [] if fractions is None else [_number(100 * _nan(f), 0) for f in fractions]
         rows.append(
             (
                 policy["name"],
-                _searched(policy),
+                reports.target_label(policy),
                 _number(100 * accuracy, 1),
                 _number(100 * (accuracy - whole), 1, sign=True),
                 _number(cost, 2),
@@ -87,19 +87,13 @@ def policy_cells(report: Mapping[str, Any]) -> Cells:
     return Cells(columns, tuple(rows), frozenset({"policy", "target", leaving}))
 
 
-def _searched(policy: Mapping[str, Any]) -> str:
-    """The target, and how its thresholds were searched where that is not the usual way."""
-    search = policy.get("search") if policy.get("search") == "geometric" else None
-    return ", ".join(filter(None, (plots.target_words(policy.get("target")), search)))
-
-
 def threshold_cells(report: Mapping[str, Any]) -> Cells:
     """A row a policy and target: the thresholds, and what they gave where they were chosen."""
     columns = ("policy", "target", "search", "accuracy %", "cost", "threshold of exit 1, 2, ..")
     rows = []
     for policy in report["policies"]:
         chosen = policy.get("chosen") or {}
-        words = [policy["name"], plots.target_words(policy.get("target"))]
+        words = [policy["name"], reports.target_words(policy.get("target"))]
         words += [policy.get("search") or "-", _number(100 * _nan(chosen.get("accuracy")), 1)]
         words += [_number(chosen.get("mean_fraction"), 2), _thresholds(policy.get("thresholds"))]
         rows.append(tuple(words))
@@ -124,7 +118,7 @@ def inference_cells(report: Mapping[str, Any], *, full: bool = False) -> Cells:
 def failures(report: Mapping[str, Any]) -> list[str]:
     """A sentence for each policy whose target cannot be hit."""
     bad = [policy for policy in report["policies"] if policy.get("error")]
-    return [f"{plots.policy_label(policy)}: {policy['error']}" for policy in bad]
+    return [f"{reports.policy_label(policy)}: {policy['error']}" for policy in bad]
 
 
 def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -136,7 +130,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Command", report.get("command")),
         ("Data", ", ".join(filter(None, (report["dataset"], report.get("data_source"))))),
         ("Network", report.get("network")),
-        ("Whole network", f"{macs_words(plots.whole_macs(report))} MACs an image"),
+        ("Whole network", f"{macs_words(reports.whole_macs(report))} MACs an image"),
         ("Device", report["device"]),
         ("Seed", report["seed"]),
         ("Date", report.get("date")),
@@ -189,7 +183,7 @@ def macs_words(macs: float) -> str:
 
 
 def _leading(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    same = plots.leading_policies(report)
+    same = reports.leading_policies(report)
     scores = [_nan((p.get("chosen") or {}).get("accuracy")) for p in same]
     if not same or not all(map(math.isfinite, scores)):
         return same[0] if same else None

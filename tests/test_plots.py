@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from eejax import plots
+from eejax import plots, reports
 
 NAMES = ("max_prob", "entropy", "margin", "gate", "patience", "ensemble")
 
@@ -55,7 +55,7 @@ def test_every_figure_draws_for_any_size(exits: int, policies: int) -> None:
     accuracies = [row["accuracy"] for row in report["exits"]]
     history = [{"epoch": 1, "loss": 2.0, "held_out_accuracy": accuracies}]
     draw(plots.summary(report))
-    draw(plots.cost_curve(plots.curve_points(report), plots.exit_points(report)))
+    draw(plots.cost_curve(reports.curve_points(report), reports.exit_points(report)))
     draw(plots.accuracy_per_exit(accuracies))
     draw(plots.reliability(bins))
     draw(plots.training_curves(history))

@@ -10,8 +10,24 @@ import numpy as np
 import pytest
 import toys
 
-from eejax import anytime, compaction, dispatch, gate, host, rebatched, stream, streaming
-from eejax.compaction import Rows
+from eejax import (
+    anytime,
+    compact,
+    cond,
+    dispatch,
+    full,
+    gate,
+    host,
+    loop,
+    packing,
+    predictor,
+    rebatched,
+    stack,
+    stream,
+    streaming,
+)
+from eejax.packing import Rows
+from eejax.policies import Policy
 
 EXITS = 4
 LIMITS = ([1.0, 2.0, 0.0], [np.inf] * 3, [-np.inf] * 3)
@@ -109,7 +125,7 @@ def test_the_programs_of_a_stream_and_of_the_host_lower_for_other_devices(platfo
     args = (queues, images, np.array([16], np.int32), jnp.zeros(EXITS - 1), True)
     assert jax.jit(feed).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
-    segment = compaction.segments(network, variables)[0]
+    segment = packing.segments(network, variables)[0]
     step, begin = dispatch._program(network, gate, 0, segment, jax.devices()[0], 8)
     rows = Rows(images, (), (), places)
     buffers = begin(rows)
@@ -126,3 +142,26 @@ def test_a_stream_through_a_predictor_compiles_nothing_between_batches():
         found = list(run(LIMITS[0], batches))
         assert [len(p.labels) for p in found] == [7] * 16
         assert not seen
+
+
+def test_policies_are_given_the_exit_as_a_number_but_in_loop():
+    """A list cannot be indexed by a traced one."""
+    gains = [1.0, -1.0, 2.0, 1.0]
+
+    def step(output, state, e):
+        return output.logits, output.gate * gains[e], state
+
+    policy = Policy(lambda batch_size: (), step)
+    network = toys.shared_network(EXITS)
+    variables = toys.variables(network, 1)
+    images, limits = toys.some_images(2, 9), [1.0, 1.0, 0.0]
+    whole = predictor(network, policy, variables, full)(limits, images)
+    assert len(set(whole.exits.tolist())) > 2
+    others = [predictor(network, policy, variables, e)(limits, images) for e in (cond, compact)]
+    others.append(host(network, policy, variables, tiles=(4,))(limits, images))
+    others.append(anytime(network, policy, variables, images, measure=1)(limits, images, np.inf))
+    others.append(next(stream(network, policy, variables, chunk=8)(limits, [images])))
+    for found in others:
+        jax.tree.map(np.testing.assert_array_equal, found, whole)
+    with pytest.raises(jax.errors.TracerIntegerConversionError):
+        predictor(network, policy, stack(network, variables), loop)(limits, images)
