@@ -24,6 +24,7 @@ from eejax.packing import (
     empty,
     empty_answers,
     limits_of,
+    row_bytes,
     segments,
     stage,
     work_off,
@@ -144,7 +145,7 @@ def _packed(
     tiles: tuple[int, ...] | None,
 ) -> Prediction:
     batch = images.shape[0]
-    tiles = default_tiles(batch) if tiles is None else tiles
+    tiles = default_tiles(batch, row_bytes(parts[0], images)) if tiles is None else tiles
     check_tiles(tiles)
     padded = -(-batch // tiles[-1]) * tiles[-1]
     tiles = tuple(size for size in tiles if size <= padded)

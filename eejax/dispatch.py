@@ -53,8 +53,8 @@ def host(
     Raises:
       ValueError: tiles that do not nest.
     """
-    tiles = packing.default_tiles(max_batch) if tiles is None else tiles
-    packing.check_tiles(tiles)
+    if tiles is not None:
+        packing.check_tiles(tiles)
     places = [jax.devices()[0]] if devices is None else list(devices)
     parts = packing.segments(network, variables)
     on_each = {
@@ -65,13 +65,20 @@ def host(
         for device in places
     }
 
+    @functools.cache
+    def tiles_for(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
+        if tiles is not None:
+            return tiles
+        row = packing.row_bytes(parts[0], jax.ShapeDtypeStruct((1, *shape), dtype))
+        return packing.default_tiles(max_batch, row)
+
     integer = functools.cache(lambda value, device: jax.device_put(np.int32(value), device))
 
     def serve(
         group: np.ndarray, device: Any, limits: Array, first: int
     ) -> Iterator[Answers | None]:
         """One group through all stages; pauses whenever the host would have to wait."""
-        count = len(group)
+        count, tiles = len(group), tiles_for(group.shape[1:], group.dtype)
         # Powers of two, so that few shapes are ever compiled.
         padded = max(1 << (count - 1).bit_length(), tiles[-1])
         padding = [(0, padded - count)] + [(0, 0)] * (group.ndim - 1)
@@ -109,6 +116,7 @@ def host(
         found = []
         for start in range(0, len(images), max_batch):
             piece = np.asarray(images[start : start + max_batch])
+            tiles = tiles_for(piece.shape[1:], piece.dtype)
             share = max(-(-len(piece) // (2 * len(places))), tiles[-1])
             share = -(-share // tiles[0]) * tiles[0] if share > tiles[0] else share
             under_way = collections.deque(

@@ -99,18 +99,36 @@ def check_tiles(tiles: Sequence[int]) -> None:
         )
 
 
-def default_tiles(batch: int) -> tuple[int, ...]:
+# What a tile's features may take on a CPU; twice that no longer stays in the cache.
+TILE_BYTES = 2 << 20
+
+
+def default_tiles(batch: int, row_bytes: int) -> tuple[int, ...]:
     """Tiles for a batch, each a quarter of the one before, in powers of two.
 
-    On a CPU 64, 16 and 4: what a tile reads and writes stays near the cores, and little is padding.
-    Elsewhere a quarter of the batch and a sixteenth, since a device wants much at once.
-    docs/inference.md has the measurements.
+    On a CPU at most 64, and fewer where features are large, so that a tile stays in the cache; the
+    smallest is 4 or more, which leaves little padding. Elsewhere a quarter of the batch and a
+    sixteenth, since a device wants much at once. docs/inference.md has the measurements.
+
+    Args:
+      batch: B.
+      row_bytes: of one sample's features after the first stage.
     """
     cpu = jax.default_backend() == "cpu"
-    wanted = min(batch, 64) if cpu else batch // 4
+    wanted = min(batch, 64, max(TILE_BYTES // row_bytes, 16)) if cpu else batch // 4
     large = 1 << max(wanted.bit_length() - 1, 0)
     sizes = (large, large // 4, large // 16) if cpu else (large, large // 4)
     return tuple(size for i, size in enumerate(sizes) if size >= (4 if i == 2 else 1))
+
+
+def row_bytes(first: Segment, images: Any) -> int:
+    """Bytes of one sample's features after the first stage; of `images` shape and dtype count."""
+
+    def run(variables: Variables, images: Array) -> PyTree:
+        return first.stage.apply(variables, images, train=False)[0]
+
+    features = jax.eval_shape(run, first.variables[0], images)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(features)) // images.shape[0]
 
 
 Run = Callable[[Any, Rows, tuple[Variables, Variables]], tuple[Rows, Array, Array]]

@@ -60,8 +60,10 @@ def stream(
 
     Args:
       network, policy, variables: as for `inference.full`.
-      chunk: images a call of the program, a multiple of the largest tile on every device.
-      tiles: samples a tile, falling, each a divisor of the one before; default from the chunk.
+      chunk: images a call of the program; on every device a multiple of the largest tile, or a
+        power of two where `tiles` are not given.
+      tiles: samples a tile, falling, each a divisor of the one before; default from the chunk and
+        the size of the features.
       window: at most so many images are under way, which bounds memory and how long an answer can
         be waited for; default 16 chunks.
       mesh: devices, each of which packs its own share of a chunk; default one device.
@@ -73,13 +75,11 @@ def stream(
     """
     devices = 1 if mesh is None else mesh.shape[axis]
     share, rest = divmod(chunk, devices)
-    tiles = packing.default_tiles(max(share, 1)) if tiles is None else tiles
-    packing.check_tiles(tiles)
-    if rest or share < 1 or share % tiles[0]:
-        raise ValueError(
-            f"chunk is {chunk}, for {devices} device(s) and tiles {tiles}; give a multiple of "
-            f"{tiles[0] * devices}."
-        )
+    if tiles is not None:
+        packing.check_tiles(tiles)
+    if rest or share < 1 or (share % tiles[0] if tiles else share & (share - 1)):
+        wanted = f"a multiple of {tiles[0] * devices}" if tiles else "a power of two on each"
+        raise ValueError(f"chunk is {chunk}, for {devices} device(s); give {wanted}.")
     window = 16 * chunk if window is None else window
     if window < 3 * chunk:
         raise ValueError(f"window is {window}; give at least {3 * chunk}, three chunks.")
@@ -160,7 +160,7 @@ def rebatched(predict: Callable[..., Prediction], batch: int = 256) -> Streamer:
 def _feed(
     network: EarlyExitNetwork,
     policy: Policy,
-    tiles: tuple[int, ...],
+    tiles: tuple[int, ...] | None,
     variables: Variables,
     queues: tuple[Queue, ...],
     images: Array,
@@ -171,6 +171,7 @@ def _feed(
 ) -> tuple[tuple[Queue, ...], Answers]:
     """One chunk through all stages on one device; `queues[e - 1]` waits for stage e."""
     exits = network.num_exits
+    tiles = _tiles(network, variables, images, tiles)
     limits = packing.limits_of(thresholds)
     waiting = Queue(Rows(images, (), policy.init(len(places)), places), count)
     answers, left = None, []
@@ -200,6 +201,14 @@ def _feed(
     return tuple(left), answers._replace(count=answers.count[None])
 
 
+def _tiles(
+    network: EarlyExitNetwork, variables: Variables, images: Any, tiles: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    first = packing.segments(network, variables)[0]
+    row = packing.row_bytes(first, images)
+    return packing.default_tiles(len(images), row) if tiles is None else tiles
+
+
 def _moved_up(queue: Queue, done: Array, tile: int) -> Queue:
     """A queue without its first `done` rows; fewer than a tile are left, and they move up."""
 
@@ -213,7 +222,7 @@ def _moved_up(queue: Queue, done: Array, tile: int) -> Queue:
 def _no_queues(
     network: EarlyExitNetwork,
     policy: Policy,
-    tiles: tuple[int, ...],
+    tiles: tuple[int, ...] | None,
     variables: Variables,
     images: Array,
     places: Array,
@@ -224,6 +233,7 @@ def _no_queues(
     stages before it, under a tile for each; and a tile is written whole.
     """
     rows = Rows(images, (), policy.init(len(places)), places)
+    tiles = _tiles(network, variables, images, tiles)
     queues = []
     limits = jnp.zeros(network.num_exits)
     for e, segment in enumerate(packing.segments(network, variables)[:-1]):

@@ -47,11 +47,14 @@ def test_tiles_that_do_not_nest_are_refused(executor, tiles):
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_default_tiles_nest_and_fit(backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    for batch in range(1, 600):
-        tiles = default_tiles(batch)
+    for batch, row in itertools.product(range(1, 600), (1, 1 << 15, 1 << 16, 1 << 30)):
+        tiles = default_tiles(batch, row)
         assert all(a % b == 0 and a > b for a, b in itertools.pairwise(tiles))
         assert 1 <= tiles[-1] <= tiles[0] <= batch
-    assert default_tiles(512) == ((64, 16, 4) if backend == "cpu" else (128, 32))
+    # Half as many of features that are twice as large, on a CPU alone.
+    kinds = [default_tiles(512, row) for row in (1 << 15, 1 << 16, 1 << 17)]
+    cpu = [(64, 16, 4), (32, 8), (16, 4)]
+    assert kinds == (cpu if backend == "cpu" else [(128, 32)] * 3)
 
 
 @each_packed
@@ -60,7 +63,7 @@ def test_the_survivors_are_computed_and_little_more(executor, batch):
     rows = toys.Rows(4)
     network = toys.network(4, rows.watch)
     variables = toys.variables(toys.shared_network(4), 1)
-    tiles = (16, 4) if batch > 16 else default_tiles(batch)
+    tiles = (16, 4) if batch > 16 else default_tiles(batch, 1)
     run = jax.jit(functools.partial(executor, network, gate, tiles=tiles))
     images = toys.some_images(1, batch)
     seen = set()
