@@ -32,7 +32,7 @@ def choose(monkeypatch, batch, quickest, exits=4):
 NAMES = ["plain network", "full", "cond", "compact", "host", "loop"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["plain network", "compact", "host", "loop"])
 def test_the_quickest_is_chosen_and_said(monkeypatch, name):
     chosen, found, whole = choose(monkeypatch, 12, NAMES.index(name))
     assert list(chosen.milliseconds) == NAMES
