@@ -242,7 +242,8 @@ def test_a_stage_that_nobody_reaches_is_not_moved_out_of_its_branch(name):
         lambda key, x, memory: {},
         lambda variables, x, memory, train: (ExitOutput(x, x[:, 0], ()), {}),
     )
-    network = EarlyExitNetwork((stage, second), (head, head))
+    # The second and the third are equal: a run of two, to `loop`.
+    network = EarlyExitNetwork((stage, second, second), (head,) * 3)
     variables = network.init(jax.random.key(0), jnp.zeros((8, 4)))
     # A tile as long as the buffer is the dangerous one.
     options = {} if name == "cond" else {"tiles": (8,)}
@@ -250,7 +251,7 @@ def test_a_stage_that_nobody_reaches_is_not_moved_out_of_its_branch(name):
     def run(thresholds, images):
         return EXECUTORS[name](network, gate, variables, thresholds, images, **options)
 
-    text = jax.jit(run).lower(jnp.zeros(1), jnp.zeros((8, 4))).compile().as_text()
+    text = jax.jit(run).lower(jnp.zeros(2), jnp.zeros((8, 4))).compile().as_text()
     assert text is not None
     assert "cosine(" in text
     assert "cosine(" not in unconditional(text)
