@@ -14,7 +14,7 @@ from eejax.dispatch import host
 from eejax.inference import Prediction, cond, full, predictor, sharded
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, normalise
 from eejax.policies import Policy, entropy, gate, margin, max_prob, with_temperatures
-from eejax.routing import Routed, Scored, Trace, collect, route, score
+from eejax.routing import Routed, Scored, Trace, collect, recorded, route, score
 from eejax.selection import auto
 from eejax.streaming import rebatched, stream
 from eejax.thresholds import Choice, for_budget, for_drop, geometric
@@ -53,6 +53,7 @@ __all__ = [
     "normalise",
     "predictor",
     "rebatched",
+    "recorded",
     "route",
     "score",
     "sharded",

@@ -6,12 +6,14 @@ Every compiled executor must agree with `route`, sample by sample, for every pol
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from eejax.compiling import compiler_options
 from eejax.network import EarlyExitNetwork, ExitOutput, Variables
@@ -25,11 +27,14 @@ class Trace(NamedTuple):
       logits: `[N, E, C]` float32.
       gates: `[N, E]` float32.
       labels: `[N]` int32.
+      ids: `[N]` uint64, which samples these are: equal for equal images. `guarantees` refuses data
+        by them that something was fitted on.
     """
 
     logits: np.ndarray
     gates: np.ndarray
     labels: np.ndarray
+    ids: np.ndarray
 
 
 class Scored(NamedTuple):
@@ -95,7 +100,63 @@ def collect(
         np.concatenate([o.logits for o in outputs], 1)[:, : len(images)].swapaxes(0, 1),
         np.concatenate([o.gate for o in outputs], 1)[:, : len(images)].swapaxes(0, 1),
         np.asarray(labels, np.int32),
+        fingerprints(images),
     )
+
+
+def recorded(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    gates: ArrayLike | None = None,
+    ids: ArrayLike | None = None,
+) -> Trace:
+    """A trace from arrays that were recorded elsewhere, by any framework.
+
+    Args:
+      logits: `[N, E, C]`.
+      labels: `[N]`, whole numbers in [0, C).
+      gates: `[N, E]`, the logit of "stop here"; zeros by default.
+      ids: `[N]`, which samples these are; by default made from logits and label, which tells
+        samples apart within traces of one network.
+
+    Raises:
+      ValueError: shapes that do not fit, no samples, NaN, or labels that are no class.
+    """
+    z = np.asarray(logits, np.float32)
+    if z.ndim != 3 or not len(z):
+        raise ValueError(f"logits of shape {z.shape}; give [samples, exits, classes].")
+    if np.isnan(z).any():
+        raise ValueError("logits hold a NaN; give numbers.")
+    y = np.asarray(labels)
+    if y.shape != z.shape[:1] or not (y == y.astype(np.int32)).all():
+        raise ValueError(f"labels of shape {y.shape} for logits {z.shape}; give one class each.")
+    if y.min() < 0 or y.max() >= z.shape[2]:
+        raise ValueError(
+            f"labels from {y.min()} to {y.max()} for {z.shape[2]} classes; give 0 to "
+            f"{z.shape[2] - 1}."
+        )
+    y = y.astype(np.int32)
+    g = np.zeros(z.shape[:2], np.float32) if gates is None else np.asarray(gates, np.float32)
+    if g.shape != z.shape[:2]:
+        raise ValueError(f"gates of shape {g.shape} for logits {z.shape}; give {z.shape[:2]}.")
+    if ids is None:
+        own = fingerprints(np.concatenate([z.reshape(len(z), -1), y[:, None]], 1, dtype=np.float32))
+    else:
+        own = np.asarray(ids).astype(np.uint64)
+    if own.shape != y.shape:
+        raise ValueError(f"ids of shape {own.shape} for {len(y)} samples; give one each.")
+    return Trace(z, g, y, own)
+
+
+def fingerprints(samples: np.ndarray) -> np.ndarray:
+    """A number for each sample, `[N]` uint64, that depends on nothing but its bytes.
+
+    Args:
+      samples: `[N, ...]`: images, or what else tells samples apart.
+    """
+    rows = np.ascontiguousarray(samples)
+    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
 @functools.cache

@@ -13,7 +13,9 @@ from eejax import Trace, fit_temperatures
 
 def trace_of(logits, labels):
     logits = np.asarray(logits, np.float32)
-    return Trace(logits, np.zeros(logits.shape[:2], np.float32), np.asarray(labels, np.int32))
+    labels = np.asarray(labels, np.int32)
+    ids = np.arange(len(labels), dtype=np.uint64)
+    return Trace(logits, np.zeros(logits.shape[:2], np.float32), labels, ids)
 
 
 def sampled(seed, count, temperatures, classes=5):

@@ -10,7 +10,7 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eejax import Trace, collect, gate, route, score
+from eejax import collect, gate, recorded, route, score
 from eejax.routing import Scored, check_thresholds
 
 
@@ -70,7 +70,7 @@ def test_thresholds_that_do_not_fit_are_refused():
 def test_scoring_carries_the_state_from_exit_to_exit():
     gates = np.random.default_rng(0).integers(-3, 4, (7, 4)).astype(np.float32)
     logits = np.random.default_rng(1).integers(-3, 4, (7, 4, toys.CLASSES)).astype(np.float32)
-    trace = Trace(logits, gates, np.zeros(7, np.int32))
+    trace = recorded(logits, np.zeros(7), gates)
     scored = score(toys.POLICIES["running sum"], trace)
     np.testing.assert_array_equal(scored.scores, gates.cumsum(1))
     np.testing.assert_array_equal(scored.logits, logits.cumsum(1))

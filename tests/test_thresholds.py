@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax import Trace, for_budget, for_drop, geometric, max_prob, route, score, thresholds
+from eejax import for_budget, for_drop, geometric, max_prob, recorded, route, score, thresholds
 from eejax.routing import first_exit
 from eejax.thresholds import evaluate, shared
 
@@ -223,7 +223,7 @@ def test_a_network_that_is_too_sure_still_hits_its_budget():
     labels = random.integers(0, classes, count)
     gap = random.uniform(25, 60, (count, exits, 1))
     logits = gap * np.eye(classes)[labels][:, None] + random.normal(size=(count, exits, classes))
-    trace = Trace(logits.astype(np.float32), np.zeros((count, exits), np.float32), labels)
+    trace = recorded(logits, labels)
     cost = np.arange(1.0, 6)
     right = np.ones((count, exits), bool)
 
