@@ -7,7 +7,9 @@ learns which library the modules were written in.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,13 +95,8 @@ class EarlyExitNetwork:
             heads.append(head.init(head_key, features, memory))
             output, _ = head.apply(heads[-1], features, memory, train=False)
             memory = output.memory
-        return {
-            collection: {
-                "stages": tuple(v.get(collection, {}) for v in stages),
-                "heads": tuple(v.get(collection, {}) for v in heads),
-            }
-            for collection in ("params", "batch_stats")
-        }
+        of_stages, of_heads = _collected(stages), _collected(heads)
+        return {c: {"stages": of_stages[c], "heads": of_heads[c]} for c in of_stages}
 
     def apply_stage(
         self, variables: Variables, e: int, features: PyTree, *, train: bool = False
@@ -173,10 +170,112 @@ class EarlyExitNetwork:
 
         return dataclasses.replace(self, stages=(Module(init, apply), *self.stages[1:]))
 
+    def keeping(self, exits: Sequence[int]) -> EarlyExitNetwork:
+        """The network with some of its exits, which `keep_variables` gives its variables to.
+
+        Stages between two kept exits become one; the other heads, and the stages after the last
+        kept exit, are gone and cost nothing. So `keeping([e])` is the plain network that ends at
+        exit e, to run or to train from scratch. A stage that needs no merging stays the same
+        `Module`, and merged stages of equal modules are equal: they still share a `loop`.
+
+        A head cannot do without the `memory` that it reads. Modules do not tell before they are
+        run, so a kept head whose predecessor is gone is refused when it is handed memory or hands
+        any on; one that reads and hands on nothing fails in its own way.
+
+        Args:
+          exits: 0-based and increasing.
+
+        Raises:
+          ValueError: none, one that does not exist, or not in order.
+        """
+        stages, heads = [], []
+        for a, b in kept_groups(exits, self.num_exits):
+            alone = b - a == 1
+            stages.append(self.stages[a] if alone else _in_turn(self.stages[a:b]))
+            heads.append(self.heads[b - 1] if alone else _without_memory(self.heads[b - 1]))
+        return EarlyExitNetwork(tuple(stages), tuple(heads))
+
 
 def part(variables: Variables, kind: str, e: int) -> Variables:
     """The variables of one module; `kind` is `"stages"` or `"heads"`."""
     return {collection: tree[kind][e] for collection, tree in variables.items()}
+
+
+def keep_variables(variables: Variables, exits: Sequence[int]) -> Variables:
+    """The variables of `network.keeping(exits)`, out of the whole network's.
+
+    Nothing is computed or copied, so shapes or `{"params": params}` do as well. Exits, and what is
+    wrong with them, as for `keeping`.
+    """
+
+    def keep(stages: Sequence[PyTree], heads: Sequence[PyTree]) -> dict[str, tuple]:
+        groups = kept_groups(exits, len(stages))
+        merged = (stages[a] if b - a == 1 else tuple(stages[a:b]) for a, b in groups)
+        return {"stages": tuple(merged), "heads": tuple(heads[b - 1] for _, b in groups)}
+
+    return {c: keep(tree["stages"], tree["heads"]) for c, tree in variables.items()}
+
+
+def kept_groups(exits: Sequence[int], num_exits: int) -> list[tuple[int, int]]:
+    """For each kept exit the stages `[start, stop)` that lead to it from the one before."""
+    kept = [int(e) for e in exits]
+    if not kept or not all(a < b for a, b in itertools.pairwise([-1, *kept, num_exits])):
+        raise ValueError(f"exits {kept}; give at least one, increasing, 0 to {num_exits - 1}.")
+    return list(itertools.pairwise([0, *(e + 1 for e in kept)]))
+
+
+def _collected(each: Sequence[Variables]) -> dict[str, tuple]:
+    """The variables of several modules by collection, a tuple with an entry a module."""
+    return {c: tuple(v.get(c, {}) for v in each) for c in ("params", "batch_stats")}
+
+
+# Both are cached so that equal modules are merged to equal ones, in one network and in the next.
+@functools.cache
+def _in_turn(modules: tuple[Module, ...]) -> Module:
+    """Stages one after the other as one; each collection is a tuple of theirs."""
+
+    def init(key: Array, features: PyTree) -> Variables:
+        each = []
+        for module, own in zip(modules, jax.random.split(key, len(modules)), strict=True):
+            each.append(module.init(own, features))
+            features, _ = module.apply(each[-1], features, train=False)
+        return _collected(each)
+
+    def apply(variables: Variables, features: PyTree, *, train: bool) -> tuple[PyTree, PyTree]:
+        stats = []
+        for i, module in enumerate(modules):
+            own = {c: tree[i] for c, tree in variables.items()}
+            features, after = module.apply(own, features, train=train)
+            stats.append(after)
+        return features, tuple(stats)
+
+    return Module(init, apply)
+
+
+@functools.cache
+def _without_memory(head: Module) -> Module:
+    """A head whose predecessor is gone; refuses to run where that one's memory would be missed."""
+
+    def check(memory: PyTree) -> None:
+        if jax.tree.leaves(memory):
+            raise ValueError(
+                "a kept head takes or hands on memory, and the head before it is dropped; keep "
+                "every exit up to that head, or train a network that is cut at these exits only."
+            )
+
+    def init(key: Array, features: PyTree, memory: PyTree) -> Variables:
+        check(memory)
+        return head.init(key, features, memory)
+
+    def apply(
+        variables: Variables, features: PyTree, memory: PyTree, *, train: bool
+    ) -> tuple[ExitOutput, PyTree]:
+        check(memory)
+        output, stats = head.apply(variables, features, memory, train=train)
+        check(output.memory)
+        return output, stats
+
+    return Module(init, apply)
 
 
 def normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Array], Array]:

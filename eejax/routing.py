@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -146,6 +149,57 @@ def recorded(
     if own.shape != y.shape:
         raise ValueError(f"ids of shape {own.shape} for {len(y)} samples; give one each.")
     return Trace(z, g, y, own)
+
+
+def save_trace(path: str | Path, trace: Trace) -> None:
+    """Writes a trace as an `.npz` file for `read_trace`, or for NumPy anywhere.
+
+    Args:
+      path: of the file, to which no suffix is added; what is there already is replaced.
+      trace: N samples.
+    """
+    with open(path, "wb") as file:  # given a path, NumPy would add a suffix to it
+        np.savez(file, **trace._asdict())
+
+
+def read_trace(path: str | Path) -> Trace:
+    """A trace from an `.npz` file that any framework wrote.
+
+    One line of NumPy writes such a file; `logits` of shape `[N, E, C]` and `labels` of shape `[N]`
+    it must hold, `gates` and `ids` it may, as for `recorded`, in any dtype of numbers:
+
+        numpy.savez("trace.npz", logits=logits, labels=labels)
+
+    Args:
+      path: of the file. Nothing in it is unpickled.
+
+    Raises:
+      ValueError: no `.npz` file, one without logits or labels, or arrays that `recorded` refuses.
+    """
+    try:
+        # Opened here, since NumPy does not close what it could not read.
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            # Arrays that are not asked for are left alone.
+            names = [n for n in ("logits", "labels", "gates", "ids") if n in loaded.files]
+            arrays, files = {n: loaded[n] for n in names}, loaded.files
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # NumPy says of whatever it does not know that it is a pickle.
+        raise ValueError(
+            f"{path} cannot be read as an .npz of plain arrays; write it with numpy.savez."
+        ) from error
+    missing = [n for n in ("logits", "labels") if n not in arrays]
+    if missing:
+        raise ValueError(
+            f"{path} holds {files}, but no {' and no '.join(missing)}; give logits [N, E, C] and "
+            "labels [N]."
+        )
+    try:
+        return recorded(**arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def fingerprints(samples: np.ndarray) -> np.ndarray:

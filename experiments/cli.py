@@ -16,12 +16,14 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from experiments.config import Config, check, to_json
 from experiments.data import resolve
+
+Made = TypeVar("Made")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -92,8 +94,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def load_config(path: Path) -> Config:
-    """The `config` that a Python file defines.
+def load_config(path: Path, kind: type[Made] = Config) -> Made:
+    """The `config` that a Python file defines, a `kind`.
 
     Raises:
       FileNotFoundError: no such file.
@@ -105,8 +107,9 @@ def load_config(path: Path) -> Config:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:
         raise ValueError(f"--config {path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ValueError(f"--config {path}: it defines no `config`, an experiments.config.Config.")
+    if not isinstance(config, kind):
+        wanted = f"{kind.__module__}.{kind.__name__}"
+        raise ValueError(f"--config {path}: it defines no `config`, an {wanted}.")
     return config
 
 

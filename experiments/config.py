@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 DatasetName = Literal["auto", "cifar10", "cifar100", "fashion_mnist", "digits"]
 PolicyName = Literal["max_prob", "entropy", "margin", "gate"]
@@ -31,6 +31,8 @@ class DataConfig:
     """Images held out from training to fit the temperatures."""
     choose: int = 4_000
     """Images held out from training to choose the thresholds."""
+    certify: int = 0
+    """Images held out from training to certify a risk with (experiments.compare)."""
     limit: int | None = None
     """Use at most this many training images (a quick look, not a result)."""
     flip: bool = True
@@ -208,6 +210,7 @@ def check(config: Config) -> None:
         ("train.weight_decay", train.weight_decay),
         ("train.cost_weight", train.cost_weight),
         ("train.checkpoint_seconds", train.checkpoint_seconds),
+        ("data.certify", data.certify),
         ("data.shift", data.shift),
         ("data.cutout", data.cutout),
         *(("policies.drops", d) for d in config.policies.drops),
@@ -227,8 +230,8 @@ def _refuse(name: str, value: object, expected: str) -> None:
     raise ValueError(f"{name}: {value} cannot be used; give {expected}.")
 
 
-def to_json(config: Config) -> dict:
-    """The configuration as plain JSON values."""
+def to_json(config: Any) -> dict:
+    """A dataclass of configuration as plain JSON values."""
 
     def plain(value: object) -> object:
         if isinstance(value, dict):

@@ -1,7 +1,8 @@
 """Data sets as arrays in memory, cut into splits of one use each.
 
-train: fits the weights. calibrate: fits the temperatures. choose: chooses the thresholds. test: is
-reported. The first three are cut from the official training images, test is the official test set.
+train: fits the weights. calibrate: fits the temperatures. choose: chooses the thresholds. certify:
+certifies a risk; empty unless asked for. test: is reported. All but test are cut from the official
+training images, test is the official test set.
 
 Nothing here imports JAX; tensorflow-datasets and scikit-learn are imported where they are used.
 """
@@ -37,6 +38,7 @@ class Dataset:
     train: Split
     calibrate: Split
     choose: Split
+    certify: Split
     test: Split
     notice: str  # "", or what a user must know: that this is a fall-back
     source: str  # where the images came from, in words for the report
@@ -91,7 +93,7 @@ def load(config: DataConfig, seed: int, progress: Progress | None = None) -> Dat
             f"and says nothing about CIFAR-10. {sources.missing('cifar10', config)}"
         )
     decoded = sources.obtain(name, config, progress) if spec.read else _digits()
-    train, calibrate, choose = _cut(name, decoded.train_labels, config, seed)
+    train, calibrate, choose, certify = _cut(name, decoded.train_labels, config, seed)
     images = decoded.train_images[train]
     mean, std = _moments(images)
     return Dataset(
@@ -100,6 +102,7 @@ def load(config: DataConfig, seed: int, progress: Progress | None = None) -> Dat
         train=Split(images, decoded.train_labels[train]),
         calibrate=Split(decoded.train_images[calibrate], decoded.train_labels[calibrate]),
         choose=Split(decoded.train_images[choose], decoded.train_labels[choose]),
+        certify=Split(decoded.train_images[certify], decoded.train_labels[certify]),
         test=Split(decoded.test_images, decoded.test_labels),
         notice=notice,
         source=decoded.source,
@@ -141,22 +144,24 @@ def _in_proportion(counts: np.ndarray, size: int) -> np.ndarray:
 
 
 def _cut(name: str, labels: np.ndarray, config: DataConfig, seed: int) -> list[np.ndarray]:
-    """Indices of train, calibrate and choose."""
+    """Indices of train, calibrate, choose and certify."""
     if config.calibrate < 1 or config.choose < 1:
         raise ValueError(
             f"calibrate={config.calibrate:,} and choose={config.choose:,} must be 1 or more"
         )
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit={config.limit:,} must be 1 or more")
-    if config.calibrate + config.choose >= len(labels):
+    held_out = (config.calibrate, config.choose, config.certify)
+    if sum(held_out) >= len(labels):
+        certify = f" and certify={config.certify:,}" if config.certify else ""
         raise ValueError(
-            f"calibrate={config.calibrate:,} and choose={config.choose:,} leave nothing to train "
-            f"on: {name} has {len(labels):,} training images; make --data.calibrate and "
+            f"calibrate={config.calibrate:,} and choose={config.choose:,}{certify} leave nothing "
+            f"to train on: {name} has {len(labels):,} training images; make --data.calibrate and "
             "--data.choose smaller"
         )
     rng = np.random.Generator(np.random.PCG64(seed))
-    calibrate, choose, train = stratified(labels, (config.calibrate, config.choose), rng)
-    return [train[: config.limit], calibrate, choose]
+    calibrate, choose, certify, train = stratified(labels, held_out, rng)
+    return [train[: config.limit], calibrate, choose, certify]
 
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

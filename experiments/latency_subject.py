@@ -122,7 +122,7 @@ def _random(arguments: Arguments, count: int) -> Subject:
     split = data.Split(images, np.zeros(count, np.int32))
     classes = tuple(map(str, range(arguments.classes)))
     moments = ((127.5,) * 3, (73.9,) * 3)
-    dataset = data.Dataset("random", classes, split, split, split, split, "", "random", *moments)
+    dataset = data.Dataset("random", classes, *[split] * 5, "", "random", *moments)
     config = arguments.network_config()
     network = build.network(config, dataset)
     variables = jax.jit(network.init)(jax.random.key(arguments.seed), jnp.asarray(images[:1]))

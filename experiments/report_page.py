@@ -99,16 +99,24 @@ class Gallery(NamedTuple):
     """float `[k]`."""
 
 
-def document(title: str, body: Sequence[str]) -> str:
-    """A whole page around the blocks of its body."""
+def document(title: str, body: Sequence[str], *, style: str = "", script: str = "") -> str:
+    """A whole page around the blocks of its body.
+
+    Args:
+        title: its heading too.
+        body: blocks of HTML.
+        style: rules of CSS behind the common ones.
+        script: JavaScript that runs when the body is there; the page must be whole without it.
+    """
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_CSS}</style>"
+        f"<title>{escape(title)}</title><style>{_CSS}{style}</style>"
     )
+    end = f"<script>{script}</script>\n" if script else ""
     main = "\n".join((f"<h1>{escape(title)}</h1>", *body))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}</head>\n'
-        f"<body>\n<main>\n{main}\n</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n{main}\n</main>\n{end}</body>\n</html>\n"
     )
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eejax import Routed, metrics
 
@@ -85,3 +89,100 @@ def test_the_area_is_the_mean_accuracy_over_the_range_of_costs():
     assert shuffled == pytest.approx(2.2 / 3)
     assert metrics.area_under_curve([3], [0.8]) == 0.8
     assert metrics.area_under_curve([3, 3], [0.8, 0.6]) == 0.8
+
+
+def test_the_area_over_a_common_range():
+    costs, accuracies = [1, 2, 4], [0.5, 0.7, 0.9]
+    area = metrics.area_under_curve
+    assert area(costs, accuracies, 1, 4) == pytest.approx(area(costs, accuracies))
+    assert area(costs, accuracies, 1.5, 3) == pytest.approx((0.65 / 2 + 0.75) / 1.5)
+    # Beyond the dearest point it stays.
+    assert area(costs, accuracies, high=6) == pytest.approx((2.2 + 2 * 0.9) / 5)
+    assert area(costs, accuracies, 3, 3) == pytest.approx(0.8)
+    assert area(costs, accuracies, 5, 7) == pytest.approx(0.9)
+    with pytest.raises(ValueError, match=r"cost of 0\.5; its cheapest point costs 1"):
+        area(costs, accuracies, low=0.5)
+    with pytest.raises(ValueError, match="range from 3 to 2"):
+        area(costs, accuracies, 3, 2)
+
+
+def test_a_curve_on_a_grid_of_costs():
+    at = metrics.curve_at([4, 1, 2], [0.9, 0.5, 0.7], [[1, 1.5], [3, 9]])
+    np.testing.assert_allclose(at, [[0.5, 0.6], [0.8, 0.9]])
+    # Of points of equal cost the best counts, in whatever order they come.
+    for accuracies in ([0.5, 0.8, 0.6], [0.5, 0.6, 0.8]):
+        np.testing.assert_allclose(metrics.curve_at([1, 2, 2], accuracies, [2, 1.5]), [0.8, 0.65])
+    with pytest.raises(ValueError, match="start there or above"):
+        metrics.curve_at([1, 2], [0.5, 0.7], [1.0, 0.99])
+    with pytest.raises(ValueError, match="start there or above"):
+        metrics.curve_at([1, 2], [0.5, 0.7], np.nan)
+    with pytest.raises(ValueError, match=r"give \[K\] of both"):
+        metrics.curve_at([1, 2], [0.5], 1)
+
+
+@given(seed=st.integers(0, 2**20), count=st.integers(1, 5), exits=st.integers(1, 3))
+def test_the_oracle_is_the_best_of_all_choices_of_exits(seed, count, exits):
+    random = np.random.default_rng(seed)
+    right = random.random((count, exits)) < 0.5
+    cost = np.cumsum(random.integers(1, 4, exits)).astype(float)
+    budget = random.uniform(cost[0], cost[-1] + 1)
+    best = 0.0
+    for choice in itertools.product(range(exits), repeat=count):
+        if cost[list(choice)].mean() <= budget:
+            best = max(best, right[range(count), choice].mean())
+    assert metrics.oracle_accuracy(right, cost, budget) == pytest.approx(best)
+
+
+def test_the_oracle_at_the_ends_of_its_budget():
+    right = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
+    cost = np.array([0.1, 0.2, 0.7])
+    assert metrics.first_right(right).tolist() == [0, 1, 2, 0]
+    mean = cost[metrics.first_right(right)].mean()
+    assert metrics.oracle_accuracy(right, cost, cost[0]) == 0.25
+    assert metrics.oracle_accuracy(right, cost, mean) == 0.75
+    assert metrics.oracle_accuracy(right, cost, mean - 1e-6) == 0.5
+    assert metrics.oracle_accuracy(right, cost, 10.0) == 0.75
+    with pytest.raises(ValueError, match=r"first exit costs 0\.1 already"):
+        metrics.oracle_accuracy(right, cost, 0.09)
+    with pytest.raises(ValueError, match="positive and increasing"):
+        metrics.oracle_accuracy(right, cost[::-1], 1.0)
+    with pytest.raises(ValueError, match=r"give \[N, E\] and \[E\]"):
+        metrics.oracle_accuracy(right, cost[:2], 1.0)
+
+
+def test_exits_at_random_at_equal_rates():
+    random = np.random.default_rng(3)
+    right = random.random((500, 3)) < [0.4, 0.6, 0.9]
+    fractions = np.array([0.5, 0.2, 0.3])
+    expected = metrics.random_at_equal_rates(right, fractions)
+    drawn = random.choice(3, (2000, 500), p=fractions)
+    assert expected == pytest.approx(right[np.arange(500), drawn].mean(), abs=0.002)
+    assert metrics.random_at_equal_rates(right, np.array([0, 0, 1])) == right[:, 2].mean()
+    for wrong in ([0.5, 0.5], [0.5, 0.2, 0.2], [1.5, -0.5, 0]):
+        with pytest.raises(ValueError, match="adding up to 1"):
+            metrics.random_at_equal_rates(right, np.array(wrong))
+
+
+def test_where_the_samples_of_each_class_leave():
+    exits, labels = np.array([0, 0, 1, 2, 2]), np.array([0, 0, 0, 2, 2])
+    table = metrics.exit_fractions_by_class(exits, labels, 4, 3)
+    np.testing.assert_allclose(table[[0, 2]], [[2 / 3, 1 / 3, 0], [0, 0, 1]])
+    assert table.shape == (4, 3)
+    assert np.isnan(table[[1, 3]]).all()
+    with pytest.raises(ValueError, match="labels from 0 to 2; give 0 to 1"):
+        metrics.exit_fractions_by_class(exits, labels, 2, 3)
+    with pytest.raises(ValueError, match="exits from 0 to 2; give 0 to 1"):
+        metrics.exit_fractions_by_class(exits, labels, 3, 2)
+    with pytest.raises(ValueError, match=r"exits \(4,\), labels \(5,\)"):
+        metrics.exit_fractions_by_class(exits[1:], labels, 3, 3)
+
+
+def test_how_often_policies_agree():
+    values = np.array([[0, 1, 2, 0], [0, 1, 0, 0], [2, 2, 2, 2]])
+    assert metrics.agreement(values[0], values[1]) == 0.75
+    matrix = metrics.agreement_matrix(values)
+    np.testing.assert_array_equal(matrix, [[1, 0.75, 0.25], [0.75, 1, 0], [0.25, 0, 1]])
+    with pytest.raises(ValueError, match=r"values \(4,\) and \(3,\)"):
+        metrics.agreement(values[0], values[1, 1:])
+    with pytest.raises(ValueError, match=r"give \[policies, samples\]"):
+        metrics.agreement_matrix(values[0])

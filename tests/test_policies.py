@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eejax import entropy, gate, margin, max_prob, with_temperatures
+from eejax import entropy, gate, margin, max_prob, policies, routing, thresholds, with_temperatures
 from eejax.network import ExitOutput
 from eejax.policies import Policy, confidence_threshold, threshold_confidence
 
@@ -211,3 +212,98 @@ def test_a_converted_confidence_stops_the_samples_that_have_it():
             stops = scores(STATELESS[name], logits) >= confidence_threshold(level)
             np.testing.assert_array_equal(stops[clear], (confidence >= level)[clear])
             assert 0 < stops.sum() < len(stops)
+
+
+# Policies that remember, and the baselines.
+
+
+def test_patience_counts_the_exits_in_a_row_that_gave_the_class_before():
+    classes = np.array([[0, 0, 0, 1, 1], [2, 1, 2, 2, 2]])
+    trace = routing.recorded(np.eye(3)[classes], [0, 0])
+    scored = routing.score(policies.patience, trace)
+    assert scored.scores.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 1, 2]]
+    np.testing.assert_array_equal(scored.logits, trace.logits)
+
+
+def test_a_fixed_exit_is_the_best_single_one_within_the_budget():
+    right = np.random.default_rng(0).uniform(size=(200, 4)) < [0.3, 0.7, 0.6, 0.9]
+    trace = routing.recorded(random_logits(0, 8, 1.0, 200).reshape(200, 4, 2), np.zeros(200))
+    scores = routing.score(policies.fixed, trace).scores
+    cost = np.array([0.25, 0.5, 0.75, 1.0])
+    for budget, best in ((0.3, 0), (0.6, 1), (0.8, 1), (1.0, 3)):
+        choice = thresholds.for_budget(scores, right, cost, budget)
+        assert np.isinf(choice.thresholds).all()
+        assert choice.mean_cost == cost[best]
+        assert choice.accuracy == right[:, best].mean()
+
+
+def random_scores(logits, seed, e):
+    return np.asarray(jax.jit(policies.random(seed).step)(output(logits), (), np.int32(e))[1])
+
+
+def test_random_scores_are_uniform_and_say_nothing():
+    """20000 samples: a correlation of 0.03 would be four standard deviations."""
+    logits = random_logits(4, 3, 2.0, 20000)
+    found = {(seed, e): random_scores(logits, seed, e) for seed in (0, 1) for e in (0, 1, 2)}
+    for score in found.values():
+        assert score.dtype == np.float32
+        assert 0 <= score.min() < 0.001
+        assert 0.999 < score.max() < 1
+        counts = np.bincount((score * 50).astype(int), minlength=50)
+        assert ((counts - 400) ** 2 / 400).sum() < 95  # chi-square of 49: one draw in 10^4 is above
+    told = [*found.values(), scores(max_prob, logits), logits[:, 0], random_scores(-logits, 0, 0)]
+    ranks = np.argsort(np.argsort(told, axis=1), axis=1)
+    correlation = np.corrcoef(ranks)[: len(found)]
+    assert np.abs(correlation[correlation < 0.9999]).max() < 0.03
+    assert (correlation > 0.9999).sum() == len(found)
+
+
+def test_random_scores_change_with_any_bit_of_any_logit():
+    """Neighbouring numbers, as a saturated network's, and the same ones in another order."""
+    base = np.full(4000, 12.0, np.float32)
+    near = np.stack([np.nextafter(base, np.inf) + np.arange(4000, dtype="f4") * 1e-5, base], 1)
+    a, b = random_scores(near, 3, 0), random_scores(near[:, ::-1], 3, 0)
+    distinct = len(np.unique(near[:, 0]))
+    assert len(np.unique(a)) > 0.99 * distinct
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.07
+    assert abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.07
+
+
+def test_a_random_score_goes_with_its_sample():
+    logits = np.round(random_logits(5, 4, 2.0, 64))
+    logits[0] = [0.0, -0.0, 1.0, 2.0]
+    moved = np.abs(logits[0])[None].repeat(64, 0)  # without the negative zero
+    np.testing.assert_array_equal(random_scores(moved, 9, 1), random_scores(logits, 9, 1)[0])
+    order = np.random.default_rng(1).permutation(64)
+    np.testing.assert_array_equal(
+        random_scores(logits[order], 9, 1), random_scores(logits, 9, 1)[order]
+    )
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match="give a whole number in"):
+        policies.random(seed)
+
+
+@pytest.mark.parametrize("name", toys.POLICIES)
+def test_an_exit_that_is_traced_is_the_same_exit(name):
+    """In `loop` one program holds every depth."""
+    policy, exits = toys.POLICIES[name], 4
+    logits = jnp.asarray(toys.some_images(1, exits * 5).reshape(exits, 5, toys.CLASSES))
+    known = routing.score(
+        policy, routing.recorded(logits.swapaxes(0, 1), np.zeros(5), np.ones((5, exits)))
+    )
+
+    @jax.jit
+    def every_exit(logits):
+        def step(state, exit_):
+            e, z = exit_
+            answer, score, state = policy.step(ExitOutput(z, jnp.ones(5), ()), state, e)
+            return state, (answer, score)
+
+        return jax.lax.scan(step, policy.init(5), (jnp.arange(exits), logits))[1]
+
+    answers, found = every_exit(logits)
+    np.testing.assert_allclose(answers.swapaxes(0, 1), known.logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.T, known.scores, rtol=1e-5, atol=1e-6)

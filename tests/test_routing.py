@@ -10,8 +10,8 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eejax import collect, gate, recorded, route, score
-from eejax.routing import Scored, check_thresholds
+from eejax import collect, for_budget, gate, max_prob, metrics, recorded, route, score
+from eejax.routing import Scored, check_thresholds, read_trace, save_trace
 
 
 def one_by_one(scored, thresholds):
@@ -121,3 +121,73 @@ def test_splits_that_are_empty_or_do_not_match_are_refused(images, labels):
     message = f"{images} images and {labels} labels; give as many of both"
     with pytest.raises(ValueError, match=message):
         collect(network, {}, toys.some_images(0, images), np.zeros(labels))
+
+
+def foreign(samples=60, exits=3, classes=4):
+    """Arrays as another framework hands them over; later exits are better."""
+    random = np.random.default_rng(5)
+    labels = random.integers(0, classes, samples)
+    signal = np.eye(classes)[labels][:, None] * np.arange(1, exits + 1)[:, None]
+    return random.normal(size=(samples, exits, classes)) + signal, labels
+
+
+def test_a_saved_trace_is_read_back(tmp_path):
+    logits, labels = foreign()
+    trace = recorded(
+        logits, labels, logits[:, :, 0], ids=2**64 - 1 - np.arange(60, dtype=np.uint64)
+    )
+    path = tmp_path / "trace without a suffix"
+    save_trace(path, trace)
+    for before, after in zip(trace, read_trace(path), strict=True):
+        np.testing.assert_array_equal(before, after)
+        assert before.dtype == after.dtype
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_a_trace_of_another_framework_goes_all_the_way(tmp_path, kind):
+    logits, labels = foreign()
+    logits, path = logits.astype(kind), tmp_path / "trace.npz"
+    np.savez_compressed(path, logits=logits, labels=labels.astype(np.int64), epoch=3)
+    trace = read_trace(str(path))
+    np.testing.assert_array_equal(trace.logits, logits.astype(np.float32))
+    assert not trace.gates.any()
+    np.testing.assert_array_equal(trace.ids, recorded(logits, labels).ids)
+
+    scored, cost = score(max_prob, trace), np.array([0.25, 0.5, 1.0])
+    right = scored.predictions == labels[:, None]
+    choice = for_budget(scored.scores, right, cost, 0.625)
+    result = metrics.outcome(route(scored, choice.thresholds), trace.labels, cost)
+    assert (result.accuracy, result.mean_cost) == pytest.approx((choice.accuracy, choice.mean_cost))
+    assert result.mean_cost <= 0.625
+    chance = metrics.random_at_equal_rates(right, result.exit_fractions)
+    assert chance < result.accuracy <= metrics.oracle_accuracy(right, cost, 0.625)
+
+
+def test_files_that_are_no_traces_are_refused(tmp_path):
+    logits, labels = foreign()
+    path = tmp_path / "trace.npz"
+
+    def refused(message, **arrays):
+        if arrays:
+            np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=message):
+            read_trace(path)
+
+    refused("holds .'y', 'logits'., but no labels", y=labels, logits=logits)
+    refused("but no logits and no labels", y=labels)
+    refused(r"trace.npz: logits of shape \(60, 4\)", logits=logits[:, 0], labels=labels)
+    refused(r"trace.npz: labels of shape \(59,\)", logits=logits, labels=labels[1:])
+    refused(r"gates of shape \(60,\)", logits=logits, labels=labels, gates=labels)
+    refused(r"ids of shape \(3,\)", logits=logits, labels=labels, ids=labels[:3])
+    unreadable = "cannot be read as an .npz of plain arrays"
+    refused(unreadable, logits=logits, labels=labels.astype(object))  # pickled
+    np.savez_compressed(path, logits=logits, labels=labels)
+    whole = path.read_bytes()
+    for content in (b"", b"not a trace", whole[:2000], whole[:60] + b"\xff" * 40 + whole[100:]):
+        path.write_bytes(content)
+        refused(unreadable)
+    with path.open("wb") as file:
+        np.save(file, logits)
+    refused(unreadable)
+    with pytest.raises(FileNotFoundError):
+        read_trace(tmp_path / "none.npz")

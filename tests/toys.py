@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eejax import policies, routing
+from eejax import ensembles, policies, routing, scheduler
 from eejax.network import EarlyExitNetwork, ExitOutput, Module
 from eejax.policies import Policy
 
@@ -153,22 +153,6 @@ class Rows:
         return counts
 
 
-def _patience() -> Policy:
-    """How many exits in a row gave the same class (PABEE); the state is the class and the count."""
-
-    def init(batch_size):
-        return jnp.full(batch_size, -1, jnp.int32), jnp.zeros(batch_size, jnp.float32)
-
-    def step(output, state, e):
-        del e
-        before, count = state
-        now = output.logits.argmax(-1).astype(jnp.int32)
-        count = jnp.where(now == before, count + 1, 0)
-        return output.logits, count, (now, count)
-
-    return Policy(init, step)
-
-
 def _running_sum() -> Policy:
     """Answers with the sum of the logits so far, as sure as the sum of the gates so far."""
 
@@ -185,19 +169,37 @@ def _running_sum() -> Policy:
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
+# For up to six exits. What stands in the scheduler are whole numbers, and halves for the past.
+LEARNED = scheduler.Parameters(
+    weights=np.array([[2, -1, 1, e, -e, 0.5] for e in range(6)]),
+    mean=np.ones((6, 5)),
+    std=np.full((6, 5), 2.0),
+)
+WEIGHTS, BIASES = np.arange(36).reshape(6, 6) % 3 - 1, np.arange(18).reshape(6, CLASSES) % 4
+
 POLICIES = {
     "gate": policies.gate,
-    "patience": _patience(),
+    "patience": policies.patience,
     "running sum": _running_sum(),
     "max_prob": policies.max_prob,
     "margin": policies.margin,
     "entropy": policies.entropy,
-    "max_prob, temperatures": policies.with_temperatures(policies.max_prob, TEMPERATURES),
     "running sum, temperatures": policies.with_temperatures(_running_sum(), TEMPERATURES),
+    "fixed": policies.fixed,
+    "random": policies.random(7),
+    "vote": ensembles.vote(CLASSES),
+    # Two of the ensembles are scored by the gate, which is cheap to compile.
+    "mean": ensembles.mean_of_experts(CLASSES, policies.gate),
+    "product, temperatures": policies.with_temperatures(
+        ensembles.product_of_experts(CLASSES), TEMPERATURES
+    ),
+    "ztw": ensembles.ztw(WEIGHTS, BIASES, policies.gate),
+    "scheduler": scheduler.scheduler(LEARNED),
 }
 
-# Scores of the others go through exp and log, and may differ in the last bits between programs.
-EXACT = ("gate", "patience", "running sum", "running sum, temperatures")
+# Scores or answers of the others go through exp and log, and may differ in the last bits between
+# programs.
+EXACT = ("gate", "patience", "running sum", "running sum, temperatures", "fixed", "random")
 
 
 def reference(name, network, seed, thresholds, images):

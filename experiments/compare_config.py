@@ -1,0 +1,200 @@
+"""The configuration of a comparison: what is trained, what decides, at which targets.
+
+Nothing here imports JAX, so that a mistake is reported before anything slow begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from experiments.config import Config, DataConfig, NetworkConfig, TrainConfig
+from experiments.config import check as check_run
+
+Regime = Literal["joint", "soft_literal", "soft_auxiliary", "soft_mixture"]
+PolicyName = Literal[
+    "max_prob",
+    "entropy",
+    "margin",
+    "gate",
+    "patience",
+    "vote",
+    "mean_of_experts",
+    "product_of_experts",
+    "ztw",
+    "scheduler",
+    "fixed",
+    "random",
+]
+POLICY_NAMES: tuple[PolicyName, ...] = PolicyName.__args__  # type: ignore[attr-defined]
+Loss = Literal["disagreement", "error"]
+Method = Literal["crc", "betting", "hoeffding_bentkus"]
+Path = Literal["shared", "per exit"]
+Corruption = Literal["noise", "blur", "contrast"]
+
+
+@dataclass(frozen=True)
+class TargetsConfig:
+    """What thresholds are chosen for, on held-out data."""
+
+    budgets: tuple[float, ...] = (0.3, 0.5, 0.7)
+    """Mean cost, as fractions of the plain network's multiply-accumulates. The first is the one
+    that drift, agreement and exits per class are shown at."""
+    budgets_ms: tuple[float, ...] = ()
+    """Mean cost in milliseconds for a batch of --timing.batch images, as measured on this device:
+    each stage at the speed it has there."""
+    drops: tuple[float, ...] = (0.01,)
+    """Accuracy that may be lost against the last exit, as fractions: 0.01 is one point."""
+    geometric: bool = True
+    """Choose for the budgets in MSDNet's way too, beside the optimal search."""
+    curve: int = 16
+    """Points of a cost curve."""
+
+
+@dataclass(frozen=True)
+class GuaranteeConfig:
+    """Which risks are certified, on a split that serves nothing else (--data.certify)."""
+
+    policies: tuple[PolicyName, ...] = ("max_prob",)
+    """Policies that are certified."""
+    risks: tuple[float, ...] = (0.05,)
+    """Epsilon: the risk that is to hold on new data."""
+    losses: tuple[Loss, ...] = ("disagreement",)
+    """disagreement: another answer than the last exit's. error: a wrong answer."""
+    methods: tuple[Method, ...] = ("crc", "betting", "hoeffding_bentkus")
+    """Conformal risk control (on average), or a bound that holds but for delta of the draws."""
+    paths: tuple[Path, ...] = ("shared", "per exit")
+    """One threshold for all exits, or one for each."""
+    delta: float = 0.1
+    """How often a bound may fail, over draws of the certification split."""
+    budgets: tuple[float, ...] = (0.8,)
+    """Mean cost that is certified together with the risk, each with its own delta."""
+
+
+@dataclass(frozen=True)
+class StaticConfig:
+    """Plain networks that are trained alone, with the same training: the static frontier, and the
+    members of the cascade."""
+
+    widths: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of --network.width, at full depth."""
+    exits: tuple[int, ...] = ()
+    """Exits at which plain networks of full width end, from 1. Default: each but the last."""
+    enabled: bool = True
+    """Train them. With --static.no-enabled there is the plain network alone, and no cascade."""
+
+
+@dataclass(frozen=True)
+class TimingConfig:
+    """What is measured in wall-clock time, with the networks of the first seed."""
+
+    policies: tuple[PolicyName, ...] = ("max_prob",)
+    """Policies whose compiled inference is timed at each budget."""
+    batch: int = 256
+    """Images a call, of executor `compact`."""
+    repeats: int = 15
+    """Interleaved passes, of which the median counts."""
+    keep_exits: tuple[float, ...] = (0.5,)
+    """Choose which exits to keep for these budgets: fractions of the plain network's time."""
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """Corrupted test images, made on the fly, under thresholds that were chosen without them."""
+
+    policies: tuple[PolicyName, ...] = ("max_prob",)
+    """Policies that are tried on them."""
+    kinds: tuple[Corruption, ...] = ("noise", "blur", "contrast")
+    """Corruptions."""
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """How strong, from 1 to 5."""
+    images: int = 2_000
+    """Test images that are corrupted, each in every way; at most as many as there are."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison: regimes x policies x targets x seeds."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each trains every network anew, and cuts the held-out images anew."""
+    regimes: tuple[Regime, ...] = ("joint", "soft_auxiliary")
+    """Losses that early-exit networks are trained with. The first one, with the first policy, is
+    what the others are compared with."""
+    policies: tuple[PolicyName, ...] = POLICY_NAMES
+    """Policies. The gate takes part only where the loss trains it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    guarantee: GuaranteeConfig = field(default_factory=GuaranteeConfig)
+    static: StaticConfig = field(default_factory=StaticConfig)
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
+
+
+def check(config: Comparison) -> None:
+    """Refuses what cannot be run, before anything slow begins.
+
+    Raises:
+      ValueError: the field, what it is, and what it may be.
+    """
+    exits = config.network.num_exits
+    # The parts that the main job has too; its loss is each of the regimes.
+    for regime in config.regimes:
+        train = dataclasses.replace(config.train, loss=regime)
+        check_run(Config(data=config.data, network=config.network, train=train))
+    for name, values in (
+        ("seeds", config.seeds),
+        ("regimes", config.regimes),
+        ("policies", config.policies),
+        ("targets.budgets", config.targets.budgets),
+    ):
+        if not values or len(set(values)) < len(values):
+            _refuse(name, values, "at least one, and each once")
+    if exits < 2:
+        _refuse("network.exits", config.network.exits, "at least one before the last block")
+    if config.policies[0] in ("gate", "fixed", "random"):
+        _refuse("policies", config.policies[0], "another first: it is what others are compared to")
+    for name, values in (
+        ("targets.budgets", config.targets.budgets),
+        ("guarantee.budgets", config.guarantee.budgets),
+        ("guarantee.risks", config.guarantee.risks),
+        ("guarantee.delta", (config.guarantee.delta,)),
+    ):
+        for value in values:
+            if not 0 < value < 1:
+                _refuse(name, value, "fractions between 0 and 1")
+    for name, values in (
+        ("targets.budgets_ms", config.targets.budgets_ms),
+        ("timing.keep_exits", config.timing.keep_exits),
+        ("timing.batch", (config.timing.batch,)),
+        ("timing.repeats", (config.timing.repeats,)),
+        ("drift.images", (config.drift.images,)),
+        ("static.widths", config.static.widths),
+    ):
+        for value in values:
+            if not value > 0:
+                _refuse(name, value, "something greater than 0")
+    for drop in config.targets.drops:
+        if not drop >= 0:
+            _refuse("targets.drops", drop, "something of at least 0")
+    if config.targets.curve < 2:
+        _refuse("targets.curve", config.targets.curve, "at least 2 points")
+    for severity in config.drift.severities:
+        if not 1 <= severity <= 5:
+            _refuse("drift.severities", severity, "numbers from 1 to 5")
+    for exit_ in config.static.exits:
+        if not 1 <= exit_ < exits:
+            _refuse("static.exits", exit_, f"exits from 1 to {exits - 1}")
+    if config.guarantee.policies and config.guarantee.risks and config.data.certify < 1:
+        _refuse("data.certify", config.data.certify, "images to certify a risk with, 200 or more")
+    used = (config.guarantee.policies, config.timing.policies, config.drift.policies)
+    missing = {name for names in used for name in names} - set(config.policies)
+    if missing:
+        _refuse("policies", config.policies, f"{', '.join(sorted(missing))} too, asked for below")
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    raise ValueError(f"{name}: {value} cannot be used; give {expected}.")

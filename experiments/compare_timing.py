@@ -1,0 +1,212 @@
+"""Wall-clock time of what is compared: one interleaved run of every contender on the same images.
+
+Everything that a user pays for is inside the timer: dispatch, heads, scores, gathering, transfers,
+fetching the answer. Nothing else of the comparison runs meanwhile.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from eejax import cost, metrics
+from eejax.cascade import cascade, cascade_variables
+from eejax.compaction import compact
+from eejax.inference import predictor
+from eejax.network import EarlyExitNetwork, Variables, keep_variables
+from eejax.placement import Placement, choose_exits, keep_trace
+from eejax.policies import Policy
+from eejax.routing import route, score
+from experiments import compare_cells, timing
+from experiments.cache import replacing
+from experiments.circumstances import PACKAGES, circumstances
+from experiments.compare_cells import Cell
+from experiments.compare_choose import CASCADE, Subject, subject_traces
+from experiments.compare_policies import fitted
+
+FORMAT = 1  # raise it when what is measured, or how, changes
+BATCHES = 4
+
+
+class Contender(NamedTuple):
+    """Something to be timed.
+
+    Attributes:
+      row: what the report says of it; times are added to it.
+      cells: its networks, in order; more than one is a cascade.
+      keep: exits that are kept of the network, or None for all.
+      policy: what decides, or None for a plain network.
+      thresholds: of the policy.
+    """
+
+    row: dict[str, Any]
+    cells: tuple[Cell, ...]
+    keep: tuple[int, ...] | None
+    policy: str | None
+    thresholds: tuple[float, ...]
+
+
+def unit_ms(cell: Cell, workdir: Path, batch: int, repeats: int) -> cost.Costs:
+    """Measured milliseconds of each stage and head for a batch, kept for the next time."""
+
+    def measure() -> Any:
+        images = jnp.asarray(compare_cells.dataset(cell.data).test.images[:batch])
+        network = compare_cells.network(cell.network, cell.ends_at, cell.data)
+        found = cost.seconds(network, compare_cells.trained(cell, workdir), images, repeats)
+        return [(1e3 * part).tolist() for part in found]
+
+    found = _kept(workdir, "units", [cell.key, batch, repeats], measure)
+    return cost.Costs(*map(np.asarray, found))
+
+
+def timed(
+    contenders: Sequence[Contender], workdir: Path, batch: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Each contender's row with `ms` a batch, `spread`, and what follows from them; the first
+    contender is the plain network that the others are set beside.
+
+    Args:
+      contenders: at least one.
+      workdir: of the comparison.
+      batch: images a call, of executor `compact`.
+      repeats: interleaved passes over the batches; the median counts.
+    """
+    words = [[c.row, [x.key for x in c.cells], *c[2:]] for c in contenders]
+    return _kept(
+        workdir,
+        "times",
+        [words, batch, repeats],
+        lambda: _timed(contenders, workdir, batch, repeats),
+    )
+
+
+def _timed(
+    contenders: Sequence[Contender], workdir: Path, batch: int, repeats: int
+) -> list[dict[str, Any]]:
+    images = compare_cells.dataset(contenders[0].cells[0].data).test.images
+    batch = min(batch, len(images))
+    count = min(BATCHES, len(images) // batch)
+    pieces = [images[i * batch : (i + 1) * batch] for i in range(count)]
+    made = [_call(contender, workdir, pieces) for contender in contenders]
+    times = 1e3 * cost.paired_seconds([call for call, _ in made], repeats) / count
+    middle = np.median(times, axis=1)
+    low, high = np.quantile(times, (0.25, 0.75), axis=1)
+    rows = []
+    for i, (contender, (_, leave)) in enumerate(zip(contenders, made, strict=True)):
+        row: dict[str, Any] = {
+            **contender.row,
+            "strategy": "compact" if contender.policy else "plain",
+            "batch": batch,
+            "ms": float(middle[i]),
+            "spread": float((high[i] - low[i]) / middle[i]),
+            "full_ms": float(middle[0]),
+            "speedup": float(middle[0] / middle[i]),
+        }
+        if contender.policy and len(contender.cells) == 1:
+            # Work needed over whole work, each stage with its head at its own speed.
+            stages = unit_ms(contender.cells[0], workdir, batch, repeats)
+            stages = stages if contender.keep is None else stages.keeping(contender.keep)
+            whole = stages.cumulative
+            row["ideal_ms"] = float(middle[0] * whole[leave].mean() / whole[-1])
+            row["efficiency"] = row["ideal_ms"] / row["ms"]
+        rows.append(row)
+    return rows
+
+
+def _call(
+    contender: Contender, workdir: Path, pieces: list[np.ndarray]
+) -> tuple[Callable[[], Any], np.ndarray]:
+    """A pass over the batches, and the exits taken."""
+    network, variables = _network(contender, workdir)
+    if contender.policy is None:
+        plain = timing.fastest_plain(network, variables, pieces[0])
+        return lambda: [np.asarray(plain(piece)) for piece in pieces], np.zeros(1, int)
+    largest = 1 << (len(pieces[0]) - 1).bit_length()
+    predict = predictor(network, _policy(contender, workdir), variables, compact, max_batch=largest)
+    limits = jnp.asarray(contender.thresholds, jnp.float32)
+    exits = np.concatenate([np.asarray(predict(limits, piece).exits) for piece in pieces])
+    return lambda: [predict(limits, piece).labels for piece in pieces], exits
+
+
+def _network(contender: Contender, workdir: Path) -> tuple[EarlyExitNetwork, Variables]:
+    networks = [compare_cells.network(c.network, c.ends_at, c.data) for c in contender.cells]
+    variables = [compare_cells.trained(c, workdir) for c in contender.cells]
+    if len(networks) > 1:
+        return cascade(networks), cascade_variables(variables)
+    if contender.keep is None:
+        return networks[0], variables[0]
+    return networks[0].keeping(contender.keep), keep_variables(variables[0], contender.keep)
+
+
+def _policy(contender: Contender, workdir: Path) -> Policy:
+    assert contender.policy is not None
+    name = CASCADE if len(contender.cells) > 1 else contender.cells[0].name
+    unknown = (1.0,) * len(contender.cells)
+    subject = Subject(name, contender.cells[0].seed, contender.cells, unknown, ())
+    trace = subject_traces(subject, workdir).calibrate
+    trace = trace if contender.keep is None else keep_trace(trace, contender.keep)
+    return fitted(contender.policy, trace, _macs(contender))
+
+
+def _macs(contender: Contender) -> np.ndarray:
+    parts = [compare_cells.fractions(c.network, c.ends_at, c.data) for c in contender.cells]
+    if len(parts) > 1:
+        return np.cumsum([p.cumulative[-1] for p in parts])
+    return (parts[0] if contender.keep is None else parts[0].keeping(contender.keep)).cumulative
+
+
+def placed(
+    cell: Cell, policy: str, ms: cost.Costs, budget_ms: float, workdir: Path
+) -> tuple[Placement, dict[str, Any]] | None:
+    """Which exits to keep for a budget in measured time, and what that comes to on the test split;
+    None where the budget is below the first exit's time."""
+    traces = compare_cells.traces(cell, workdir)
+
+    def make(exits: tuple[int, ...]) -> Policy:
+        return fitted(policy, keep_trace(traces.calibrate, exits), ms.keeping(exits).cumulative)
+
+    try:
+        found = choose_exits(traces.choose, make, ms, budget_ms)
+    except ValueError:
+        return None
+    row: dict[str, Any] = {
+        "regime": cell.name,
+        "policy": policy,
+        "budget_ms": budget_ms,
+        "kept": list(found.exits),
+        "of": len(ms.stages),
+        "search": found.search,
+        "looked_at": found.looked_at,
+    }
+    every = tuple(range(len(ms.stages)))
+    both = [("", found.exits, found.thresholds)]
+    if found.whole is not None:
+        both.append(("all_", every, found.whole.thresholds))
+    for prefix, exits, limits in both:
+        scored = score(make(exits), keep_trace(traces.test, exits))
+        routed = route(scored, limits)
+        result = metrics.outcome(routed, traces.test.labels, ms.keeping(exits).cumulative)
+        row |= {f"{prefix}accuracy": result.accuracy, f"{prefix}expected_ms": result.mean_cost}
+    return found, row
+
+
+def _kept(workdir: Path, kind: str, made_of: Any, measure: Callable[[], Any]) -> Any:
+    """What was measured before under the same circumstances, else measured now."""
+    here = circumstances("", [], datetime.datetime.now())
+    versions = {name: here["versions"][name] for name in ("python", *PACKAGES)}
+    text = json.dumps([FORMAT, made_of, here["device"], versions], sort_keys=True)
+    path = workdir / "timing" / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = measure()
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(found))
+    return found
