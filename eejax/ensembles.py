@@ -1,11 +1,12 @@
 """Policies that answer with all the exits so far, not with the present one alone.
 
-Each passes its answer to another policy, `score`, for the confidence: by default the largest
-probability of the ensemble.
+All but `vote` pass their answer to another policy, `score`, for the confidence: by default the
+largest probability of the ensemble.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,40 +147,35 @@ def fit_ztw(trace: Trace, steps: int = 300) -> tuple[np.ndarray, np.ndarray]:
     return np.tril(weights), np.asarray(biases)
 
 
+@functools.partial(jax.jit, static_argnames="steps")
 def _fit(log_p: Array, labels: Array, steps: int) -> tuple[Array, Array]:
     exits, classes = log_p.shape[1:]
     optimiser = optax.adam(optax.cosine_decay_schedule(_RATE, max(steps, 1)))
 
-    def nll(parameters: tuple[Array, Array], log_p: Array, labels: Array) -> Array:
+    def nll(parameters: tuple[Array, Array]) -> Array:
         """`[E]`."""
         weights, biases = parameters
         terms = jnp.einsum("ej,njc->nec", _coefficients(weights), log_p, precision="highest")
         log_q = jax.nn.log_softmax(terms + biases[None])
         return -jnp.take_along_axis(log_q, labels[:, None, None], -1)[..., 0].mean(0)
 
-    @jax.jit
-    def run(log_p: Array, labels: Array) -> tuple[Array, Array]:
-        def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
-            parameters, state, best, lowest = carry
-            # The exits share no parameter, so the gradient of the sum is each one's own.
-            loss, back = jax.vjp(lambda p: nll(p, log_p, labels), parameters)
-            better = loss < lowest
-            best = jax.tree.map(
-                lambda now, old: jnp.where(better[:, None], now, old), parameters, best
-            )
-            (gradient,) = back(jnp.ones(exits))
-            with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in int32
-                updates, state = optimiser.update(gradient, state)
-            parameters = optax.apply_updates(parameters, updates)
-            return (parameters, state, best, jnp.minimum(loss, lowest)), None
+    def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
+        parameters, state, best, lowest = carry
+        # The exits share no parameter, so the gradient of the sum is each one's own.
+        loss, back = jax.vjp(nll, parameters)
+        better = (loss < lowest)[:, None]
+        best = jax.tree.map(lambda now, old: jnp.where(better, now, old), parameters, best)
+        (gradient,) = back(jnp.ones(exits, jnp.float32))
+        with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in int32
+            updates, state = optimiser.update(gradient, state)
+        parameters = optax.apply_updates(parameters, updates)
+        return (parameters, state, best, jnp.minimum(loss, lowest)), None
 
-        start = (jnp.zeros((exits, exits)), jnp.zeros((exits, classes)))
-        carry = (start, optimiser.init(start), start, jnp.full(exits, jnp.inf))
-        # One step more than asked for, whose update is not read: it judges the last parameters.
-        (_, _, best, _), _ = jax.lax.scan(step, carry, length=steps + 1)
-        return best
-
-    return run(log_p, labels)
+    start = (jnp.zeros((exits, exits), jnp.float32), jnp.zeros((exits, classes), jnp.float32))
+    carry = (start, optimiser.init(start), start, jnp.full(exits, jnp.inf, jnp.float32))
+    # One step more than asked for, whose update is not read: it judges the last parameters.
+    (_, _, best, _), _ = jax.lax.scan(step, carry, length=steps + 1)
+    return best
 
 
 def _coefficients(weights: Any) -> Any:

@@ -15,6 +15,7 @@ far agree tells something too, and a held-out split can tell how much. This diff
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,8 @@ _STATISTICS = 5
 # the largest hardly any sample goes on.
 _PRICES = np.geomspace(0.01, 4, 16)
 _SLOPE = 2.0  # of the first soft thresholds, a standard deviation of `max_prob`
+# Weighs the squared distance from the weights of `max_prob`, divided by N. Without it, a fit on 200
+# samples lost 0.8 points of accuracy where `max_prob` is all there is to know; with it 0.2.
 _PULL = 0.3
 _RATE = 0.03  # of Adam, falling to zero along a cosine
 
@@ -103,10 +106,10 @@ def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
       steps: of Adam.
 
     Raises:
-      ValueError: an empty trace, logits that hold NaN, or costs that do not fit.
+      ValueError: an empty trace, logits with NaN or infinity, or costs that do not fit.
     """
-    if not len(trace.labels) or np.isnan(trace.logits).any():
-        raise ValueError("an empty trace, or logits with NaN; give held-out samples.")
+    if not len(trace.labels):
+        raise ValueError("an empty trace; give held-out samples.")
     c = np.asarray(cost, np.float64)
     exits = trace.logits.shape[1]
     if c.shape != (exits,) or not (np.diff(c) >= 0).all() or not (c > 0).all():
@@ -117,6 +120,8 @@ def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
         jnp.asarray(trace.logits, jnp.float32).swapaxes(0, 1), jnp.asarray(trace.gates).T, ()
     )
     statistics = np.asarray(_all_statistics(outputs), np.float64)  # [E, N, 5]
+    if not np.isfinite(statistics).all():
+        raise ValueError("logits with NaN or infinity; the network has diverged.")
     mean, std = statistics.mean(1), statistics.std(1)
     std = np.where(std > 1e-6, std, 1.0)
     standard = (statistics - mean[:, None]) / std[:, None]
@@ -136,18 +141,21 @@ def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
     return Parameters(np.asarray(fitted), mean.astype(np.float32), std.astype(np.float32))
 
 
+@functools.partial(jax.jit, static_argnames="steps")
 def _fit(
     start: tuple[Array, Array], standard: Array, right: Array, cost: Array, steps: int
 ) -> Array:
+    """The weights `[E, 6]`, from the first weights and thresholds `[prices, E - 1]`, statistics
+    `[E, N, 5]`, right `[E, N]` and costs `[E]`."""
     optimiser = optax.adam(optax.cosine_decay_schedule(_RATE, max(steps, 1)))
 
-    def loss(parameters: PyTree, standard: Array, right: Array, cost: Array) -> Array:
+    def loss(parameters: tuple[Array, Array]) -> Array:
         weights, thresholds = parameters
-        scores, before = [], jnp.zeros(standard.shape[1])
+        scores, before = [], jnp.zeros(standard.shape[1], jnp.float32)
         for e in range(len(standard)):
             before = _score(weights[e], standard[e], before)
             scores.append(before)
-        last = jnp.zeros((len(thresholds), 1))  # not read
+        last = jnp.zeros((len(thresholds), 1), jnp.float32)  # not read
         levels = jnp.concatenate([thresholds, last], 1)
 
         def worth(level: Array, price: Array) -> Array:
@@ -156,22 +164,18 @@ def _fit(
             # Else the dear prices, whose worth has the larger range, would count for more.
             return gain / (1 + price)
 
-        pull = _PULL * ((weights - start[0]) ** 2).sum() / standard.shape[1]
-        return pull - jax.vmap(worth)(levels, jnp.asarray(_PRICES, jnp.float32)).mean()
+        moved = ((weights - start[0]) ** 2).sum() / standard.shape[1]
+        return _PULL * moved - jax.vmap(worth)(levels, jnp.asarray(_PRICES, jnp.float32)).mean()
 
-    @jax.jit
-    def run(start: PyTree, *data: Array) -> Array:
-        def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
-            parameters, state = carry
-            gradient = jax.grad(loss)(parameters, *data)
-            with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in int32
-                updates, state = optimiser.update(gradient, state)
-            return (optax.apply_updates(parameters, updates), state), None
+    def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
+        parameters, state = carry
+        gradient = jax.grad(loss)(parameters)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts its steps in int32
+            updates, state = optimiser.update(gradient, state)
+        return (optax.apply_updates(parameters, updates), state), None
 
-        ((weights, _), _), _ = jax.lax.scan(step, (start, optimiser.init(start)), length=steps)
-        return weights
-
-    return run(start, standard, right, cost)
+    ((weights, _), _), _ = jax.lax.scan(step, (start, optimiser.init(start)), length=steps)
+    return weights
 
 
 def _score(weights: Array, standard: Array, before: Array) -> Array:

@@ -76,6 +76,8 @@ class Cell:
 
 def cells(config: Comparison) -> list[Cell]:
     """Everything that a comparison trains; all seeds of a network follow one another."""
+    # "auto" could mean other images to a worker, or another day.
+    images = dataclasses.replace(config.data, name=dataset(config.data).name)
     full = dataclasses.replace(config.network, gate=True)
     last = full.num_exits - 1
     plain = dataclasses.replace(config.train, loss="joint", exit_weights=(), cost_weight=0.0)
@@ -92,7 +94,7 @@ def cells(config: Comparison) -> list[Cell]:
             narrow = dataclasses.replace(alone, width=max(round(share * alone.width), 1))
             made.append((f"width {share:g}", "static", narrow, last, plain))
     return [
-        Cell(name, kind, seed, config.data, network, ends_at, train)
+        Cell(name, kind, seed, images, network, ends_at, train)
         for name, kind, network, ends_at, train in made
         for seed in config.seeds
     ]
@@ -140,7 +142,8 @@ def fractions(config: NetworkConfig, ends_at: int | None, images: DataConfig) ->
 def _training(
     config: NetworkConfig, ends_at: int | None, images: DataConfig, train: TrainConfig
 ) -> Any:
-    """The compiled step and its optimiser; what does not depend on the seed is made once."""
+    """How a fresh state is made from a key, the compiled step, and the learning rate; what does not
+    depend on the seed is made, and compiled, once."""
     made, held = network(config, ends_at, images), dataset(images)
     steps = len(held.train.images) // train.batch * train.epochs
     optimiser = build.optimiser(train, steps)
@@ -151,7 +154,9 @@ def _training(
         build.objective(train, costs.fractions),
         build.augmentation(images, held.mean),
     )
-    return step, optimiser, build.schedule(train, train.learning_rate, steps)
+    image = jnp.asarray(held.train.images[:1])
+    fresh = jax.jit(lambda key: init_state(made, optimiser, key, image))
+    return fresh, step, build.schedule(train, train.learning_rate, steps)
 
 
 def macs(cell: Cell) -> np.ndarray:
@@ -166,12 +171,16 @@ def prepare(cell: Cell, drift: DriftConfig, workdir: Path) -> None:
 
     Raises:
       FloatingPointError: training diverged.
-      loop.Stopped: a signal came; the state is saved.
+      KeyboardInterrupt: a signal came; the state is saved.
     """
     place = cell.directory(workdir)
     place.mkdir(parents=True, exist_ok=True)
     if not (place / DONE).exists():
-        _train(cell, place)
+        try:
+            _train(cell, place)
+        except loop.Stopped as stopped:
+            # Or it would be a failure like others, and the next training would begin.
+            raise KeyboardInterrupt(str(stopped)) from stopped
     held = dataset(cell.data)
     made = network(cell.network, cell.ends_at, cell.data)
     variables = trained(cell, workdir)
@@ -222,7 +231,8 @@ def held_out(held: data.Dataset) -> data.Split:
 @functools.lru_cache(maxsize=128)
 def traces(cell: Cell, workdir: Path) -> Traces:
     """Its traces. The held-out images are cut into calibrate, choose and certify by the seed, so
-    that a band over seeds holds the luck of that cut too."""
+    that a band over seeds holds the luck of that cut too. They are the same images for all seeds,
+    and so are those of training: what other images would have done is not in the band."""
     place = cell.directory(workdir)
     pool = read_trace(place / "held_out.npz")
     sizes = cell.data.calibrate, cell.data.choose
@@ -238,24 +248,16 @@ def select(trace: Trace, rows: np.ndarray) -> Trace:
     return Trace(*(part[rows] for part in trace))
 
 
+@functools.cache
 def training_ids(images: DataConfig) -> np.ndarray:
     """Which samples networks were trained on."""
-    return _training_ids(images)
-
-
-@functools.cache
-def _training_ids(images: DataConfig) -> np.ndarray:
     return fingerprints(dataset(images).train.images)
 
 
 def trained(cell: Cell, workdir: Path) -> Variables:
     """Its variables."""
-    made = network(cell.network, cell.ends_at, cell.data)
-    _, optimiser, _ = _training(cell.network, cell.ends_at, cell.data, cell.train)
-    image = jnp.asarray(dataset(cell.data).train.images[:1])
-    like = jax.eval_shape(
-        lambda key, image: init_state(made, optimiser, key, image), jax.random.key(0), image
-    )
+    fresh, _, _ = _training(cell.network, cell.ends_at, cell.data, cell.train)
+    like = jax.eval_shape(fresh, jax.random.key(0))
     _, state = checkpoint.restore(cell.directory(workdir) / loop.CHECKPOINTS, like)
     return state.variables
 
@@ -263,7 +265,7 @@ def trained(cell: Cell, workdir: Path) -> Variables:
 def _train(cell: Cell, place: Path) -> None:
     held = dataset(cell.data)
     made = network(cell.network, cell.ends_at, cell.data)
-    step, optimiser, rate = _training(cell.network, cell.ends_at, cell.data, cell.train)
+    fresh, step, rate = _training(cell.network, cell.ends_at, cell.data, cell.train)
     key = jax.random.key(cell.seed)
 
     def watch(state: Any) -> list[float]:
@@ -273,7 +275,7 @@ def _train(cell: Cell, place: Path) -> None:
     with (place / "log.txt").open("a") as log:
         _, rows = loop.train(
             step,
-            init_state(made, optimiser, key, jnp.asarray(held.train.images[:1])),
+            fresh(key),
             key,
             held.train,
             loop.Plan(

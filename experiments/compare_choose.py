@@ -26,6 +26,7 @@ from experiments.compare_config import (
 from experiments.compare_policies import fitted
 
 CASCADE = "cascade"
+MOST_MEMBERS = 3
 
 
 class Subject(NamedTuple):
@@ -81,17 +82,17 @@ def _together(parts: tuple[Trace, ...]) -> Trace:
 
 
 def families(subject: Subject, name: str, traces: Traces) -> list[Family]:
-    """All exits of a network; of a cascade every choice of members that ends with the last."""
+    """All exits of a network; of a cascade every choice of up to three members."""
     count = len(subject.cost)
     cost, ms = np.asarray(subject.cost), np.asarray(subject.ms)
     if subject.name != CASCADE:
         return [_family(tuple(range(count)), name, traces, cost, ms)]
     found = []
-    for members in range(count):
-        for early in itertools.combinations(range(count - 1), members):
-            own = [*early, count - 1]
+    for members in range(1, MOST_MEMBERS + 1):
+        for chosen in itertools.combinations(range(count), members):
+            own = list(chosen)
             spent = np.cumsum(ms[own]) if len(ms) else ms
-            found.append(_family(tuple(own), name, traces, np.cumsum(cost[own]), spent))
+            found.append(_family(chosen, name, traces, np.cumsum(cost[own]), spent))
     return found
 
 

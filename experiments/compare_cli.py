@@ -49,7 +49,10 @@ def parse(argv: Sequence[str]) -> Arguments:
     early.add_argument("--config", type=Path)
     early.add_argument("--workdir", type=Path)
     early.add_argument("--resume", action="store_true")
-    known, _ = early.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    try:
+        known, _ = early.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
     if known.resume:
         if known.workdir is None:
             raise ValueError("--resume needs --workdir, the directory of the comparison.")

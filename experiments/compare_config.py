@@ -96,7 +96,7 @@ class TimingConfig:
     repeats: int = 15
     """Interleaved passes, of which the median counts."""
     keep_exits: tuple[float, ...] = (0.5,)
-    """Choose which exits to keep for these budgets: fractions of the plain network's time."""
+    """Choose which exits to keep for these budgets: fractions of the whole network's time."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class Comparison:
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    """As in the main job; the regimes take the place of train.loss."""
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     guarantee: GuaranteeConfig = field(default_factory=GuaranteeConfig)
     static: StaticConfig = field(default_factory=StaticConfig)
@@ -153,6 +154,16 @@ def check(config: Comparison) -> None:
     ):
         if not values or len(set(values)) < len(values):
             _refuse(name, values, "at least one, and each once")
+    for seed in config.seeds:
+        if not 0 <= seed < 2**32:
+            _refuse("seeds", seed, "whole numbers from 0 to 4294967295")
+    # Two trainings of one name would write into one directory.
+    for name, values in (
+        ("static.widths", config.static.widths),
+        ("static.exits", config.static.exits),
+    ):
+        if len(set(values)) < len(values):
+            _refuse(name, values, "each once")
     if exits < 2:
         _refuse("network.exits", config.network.exits, "at least one before the last block")
     if config.policies[0] in ("gate", "fixed", "random"):
@@ -190,10 +201,14 @@ def check(config: Comparison) -> None:
             _refuse("static.exits", exit_, f"exits from 1 to {exits - 1}")
     if config.guarantee.policies and config.guarantee.risks and config.data.certify < 1:
         _refuse("data.certify", config.data.certify, "images to certify a risk with, 200 or more")
-    used = (config.guarantee.policies, config.timing.policies, config.drift.policies)
-    missing = {name for names in used for name in names} - set(config.policies)
-    if missing:
-        _refuse("policies", config.policies, f"{', '.join(sorted(missing))} too, asked for below")
+    for name, values in (
+        ("guarantee.policies", config.guarantee.policies),
+        ("timing.policies", config.timing.policies),
+        ("drift.policies", config.drift.policies),
+    ):
+        missing = sorted(set(values) - set(config.policies))
+        if missing:
+            _refuse(name, ", ".join(missing), f"some of --policies: {', '.join(config.policies)}")
 
 
 def _refuse(name: str, value: object, expected: str) -> None:

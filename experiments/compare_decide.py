@@ -6,6 +6,7 @@ reported is of the split `test`. No network is run here: traces are all that is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -13,8 +14,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eejax import metrics, thresholds
+from eejax import (
+    bounds,
+    calibration,
+    ensembles,
+    guarantees,
+    metrics,
+    placement,
+    policies,
+    routing,
+    scheduler,
+    thresholds,
+)
 from eejax.routing import Routed, Trace, route
+from experiments import compare_choose, compare_drift, compare_policies
 from experiments.cache import replacing
 from experiments.compare_cells import Traces
 from experiments.compare_choose import (
@@ -29,7 +42,11 @@ from experiments.compare_choose import (
 from experiments.compare_drift import drifted
 from experiments.config import to_json
 
-FORMAT = 1  # raise it when what is decided, or how, changes
+# What is decided depends on these; when one changes, everything is decided anew.
+_DECIDING = (
+    *(bounds, calibration, ensembles, guarantees, metrics, placement, policies, routing, scheduler),
+    *(thresholds, compare_choose, compare_drift, compare_policies),
+)
 
 
 class Decided(NamedTuple):
@@ -48,7 +65,7 @@ class Decided(NamedTuple):
 def key(subject: Subject, policy: str, settings: Settings) -> str:
     """The name of its files, which changes with everything that changes the result."""
     made_of = [
-        FORMAT,
+        _sources(),
         [cell.key for cell in subject.cells],
         subject.cost,
         subject.ms,
@@ -58,6 +75,12 @@ def key(subject: Subject, policy: str, settings: Settings) -> str:
     ]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
     return f"{subject.name}-seed{subject.seed}-{policy}-{digest}"
+
+
+@functools.cache
+def _sources() -> str:
+    files = [module.__file__ for module in _DECIDING] + [__file__]
+    return hashlib.sha256(b"".join(Path(str(f)).read_bytes() for f in files)).hexdigest()
 
 
 def decide(subject: Subject, policy: str, settings: Settings, workdir: Path) -> None:
@@ -92,6 +115,8 @@ def _decided(subject: Subject, policy: str, settings: Settings, workdir: Path) -
         if limits is not None:
             routed = route(family.test, limits)
             row |= _outcome(routed, family, traces.test, limits)
+            if policy == "vote":
+                row["ece"] = None  # its answer counts votes, and is no probability
         rows.append(row)
         routes.append(routed)
     arrays = _arrays(routes, traces.test)
@@ -100,7 +125,7 @@ def _decided(subject: Subject, policy: str, settings: Settings, workdir: Path) -
         drift, losses = drifted(subject, policy, traces, rows, settings.drift, workdir)
     facts = {
         "rows": rows,
-        "curve": _curve(some, traces, settings.targets.curve),
+        "curve": _curve(some, traces, max(subject.cost), settings.targets.curve),
         "drift": drift,
     }
     return Decided(facts, arrays | losses)
@@ -122,6 +147,7 @@ def _outcome(routed: Routed, family: Family, test: Trace, limits: np.ndarray) ->
         "ece": metrics.expected_calibration_error(routed.logits, test.labels),
         "random": metrics.random_at_equal_rates(right, result.exit_fractions),
         "oracle": metrics.oracle_accuracy(right, family.cost, result.mean_cost),
+        "last_accuracy": float(right[:, -1].mean()),
         "disagreement": float((answers != family.test.predictions[:, -1]).mean()),
         "class_exit_fractions": by_class.tolist(),
     }
@@ -137,11 +163,11 @@ def _arrays(routes: list[Routed | None], test: Trace) -> dict[str, np.ndarray]:
     return {"exits": exits, "answers": answers.astype(np.int16), "right": right}
 
 
-def _curve(some: list[Family], traces: Traces, points: int) -> list[dict[str, float]]:
+def _curve(
+    some: list[Family], traces: Traces, dearest: float, points: int
+) -> list[dict[str, float]]:
     """Test accuracy and cost at budgets over the whole range, each chosen for on `choose`."""
     cheapest = min(f.cost[0] for f in some)
-    # A cascade of all members costs more than the plain network, which is its last one.
-    dearest = min(f.cost[-1] for f in some)
     budgets = np.linspace(cheapest, dearest, points)
     best: list[Any] = [None] * points
     for family in some:

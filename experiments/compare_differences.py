@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from eejax import metrics
 from eejax.routing import Trace
-from eejax.significance import holm, paired_bootstrap
+from eejax.significance import paired_bootstrap
 from experiments import compare_cells
 from experiments.compare_cells import PLAIN, Cell
 from experiments.compare_choose import Subject
@@ -42,89 +43,107 @@ def named(cells: Sequence[Cell], kind: str) -> dict[str, list[Cell]]:
     return found
 
 
+class _Side(NamedTuple):
+    """One of two schemes: for each seed, who of the test samples was right, `[N]`, and the cost."""
+
+    name: tuple[str, str]
+    right: dict[int, np.ndarray]
+    cost: dict[int, float]
+
+
 def against(
     groups: Mapping[tuple[str, str], Group],
     reference: tuple[str, str],
     cells: Sequence[Cell],
     config: Comparison,
     workdir: Path,
-) -> list[dict[str, Any]]:
-    """Every scheme against the reference at each budget, and the reference against the best plain
-    network within the budget, by paired bootstrap over test samples and seeds."""
-    whole = float(next(compare_cells.macs(c)[-1] for c in cells if c.name == PLAIN))
+) -> tuple[list[dict[str, Any]], int, int]:
+    """Every scheme minus the reference at each budget, and the reference minus the best plain
+    network within the budget, by paired bootstrap over test samples and seeds.
+
+    A difference is significant where its interval, widened for the number of comparisons, lies on
+    one side of zero, *and* every seed's own difference does: three seeds resampled do not show how
+    far the next one may lie, and a sign that seeds do not share is no finding.
+
+    Returns:
+      The rows, how many different comparisons they hold (two budgets may come to the same answers),
+      and the draws of the bootstrap.
+    """
     pairs = []
     for budget in config.targets.budgets:
         target = {"kind": "budget", "value": budget}
-        own = _right(groups[reference], target) if reference in groups else None
-        if own is None:
-            continue
+        own = _side(reference, groups.get(reference, ()), target)
         for key, group in groups.items():
-            theirs = _right(group, target)
-            if key != reference and key[1] not in SCALE and theirs is not None:
-                pairs.append((target, key, reference, theirs, own))
-        frontier = _frontier(cells, whole * budget, workdir)
+            if key != reference and key[1] not in SCALE:
+                pairs.append((target, _side(key, group, target), own))
+        frontier = _frontier(cells, budget, workdir)
         if frontier is not None:
-            name, right, cost = frontier
-            pairs.append((target, reference, ("static", name), own, (right, cost / whole)))
+            pairs.append((target, own, frontier))
+    shared = [(t, a, b, sorted(a.right.keys() & b.right.keys())) for t, a, b in pairs]
+    shared = [(t, a, b, seeds) for t, a, b, seeds in shared if seeds]
+    answers = []
+    for _, a, b, seeds in shared:
+        left, right = (np.stack([side.right[seed] for seed in seeds]) for side in (a, b))
+        answers.append((left.tobytes(), right.tobytes(), (left, right)))
+    distinct = {(left, right): both for left, right, both in answers}
+    # Enough draws beyond the ends of the widened intervals for them to rest on.
+    draws = max(DRAWS, math.ceil(40 * len(distinct) / (1 - LEVEL)))
+    found = {
+        key: paired_bootstrap(*both, seed=0, draws=draws, level=LEVEL, comparisons=len(distinct))
+        for key, both in distinct.items()
+    }
     rows = []
-    for target, a, b, (right_a, cost_a), (right_b, cost_b) in pairs:
-        seeds = min(len(right_a), len(right_b))
-        found = paired_bootstrap(
-            right_a[:seeds], right_b[:seeds], 0, DRAWS, LEVEL, comparisons=len(pairs)
-        )
+    for (target, a, b, seeds), (left, right, both) in zip(shared, answers, strict=True):
+        difference = found[left, right]
+        each = (both[0].mean(1) - both[1].mean(1)).tolist()
+        alike = all(d > 0 for d in each) or all(d < 0 for d in each)
         rows.append(
             {
                 "target": target,
-                "a": {"regime": a[0], "policy": a[1]},
-                "b": {"regime": b[0], "policy": b[1]},
-                "difference": found.mean,
-                "low": found.low,
-                "high": found.high,
-                "p": found.p,
-                "cost_difference": float(cost_a - cost_b),
+                "a": {"regime": a.name[0], "policy": a.name[1]},
+                "b": {"regime": b.name[0], "policy": b.name[1]},
+                "difference": difference.mean,
+                "low": difference.low,
+                "high": difference.high,
+                "p": difference.p,
+                "adjusted_p": min(1.0, difference.p * len(distinct)),
+                "significant": alike and (difference.low > 0 or difference.high < 0),
+                "seeds": dict(zip(map(str, seeds), each, strict=True)),
+                "cost_difference": float(np.mean([a.cost[s] - b.cost[s] for s in seeds])),
             }
         )
-    for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        row["adjusted_p"] = float(adjusted)
-        row["significant"] = bool(row["low"] > 0 or row["high"] < 0)
-    return rows
+    return rows, len(distinct), draws
 
 
-def _right(group: Group, target: Mapping[str, Any]) -> tuple[np.ndarray, float] | None:
-    """Whether each test sample was right, `[S, N]`, and the mean cost; None where a seed lacks."""
-    found, cost = [], []
+def _side(name: tuple[str, str], group: Group, target: Mapping[str, Any]) -> _Side:
+    """A scheme at a target; seeds that could not meet it are left out."""
+    side = _Side(name, {}, {})
     for answer in group:
-        rows = answer.decided.facts["rows"]
-        i = next(
-            i for i, r in enumerate(rows) if r["target"] == target and r["search"] == "optimal"
-        )
-        if "accuracy" not in rows[i]:
-            return None
-        found.append(answer.decided.arrays["right"][i])
-        cost.append(rows[i]["cost"])
-    return np.stack(found), float(np.mean(cost))
+        for i, row in enumerate(answer.decided.facts["rows"]):
+            if row["target"] == target and row["search"] == "optimal" and "accuracy" in row:
+                side.right[answer.subject.seed] = answer.decided.arrays["right"][i]
+                side.cost[answer.subject.seed] = row["cost"]
+    return side
 
 
-def _frontier(
-    cells: Sequence[Cell], most: float, workdir: Path
-) -> tuple[str, np.ndarray, float] | None:
+def _frontier(cells: Sequence[Cell], budget: float, workdir: Path) -> _Side | None:
     """The plain network within a budget that is best on the held-out split `choose`."""
-    best: tuple[float, str, np.ndarray, float] | None = None
+    whole = float(next(compare_cells.macs(c)[-1] for c in cells if c.name == PLAIN))
+    best: tuple[float, _Side] | None = None
     for name, group in named(cells, "static").items():
-        cost = float(compare_cells.macs(group[0])[-1])
-        if cost > most:
+        cost = float(compare_cells.macs(group[0])[-1]) / whole
+        if cost > budget:
             continue
-        traces = [compare_cells.traces(cell, workdir) for cell in group]
-        right = [
-            [(t.logits[:, -1].argmax(-1) == t.labels) for t in (x.choose, x.test)] for x in traces
-        ]
-        held_out = float(np.mean([chosen.mean() for chosen, _ in right]))
+        traces = {cell.seed: compare_cells.traces(cell, workdir) for cell in group}
+        held_out = float(np.mean([right_at_last(t.choose).mean() for t in traces.values()]))
         if best is None or held_out > best[0]:
-            best = held_out, name, np.stack([test for _, test in right]), cost
-    return None if best is None else best[1:]
+            right = {seed: right_at_last(t.test) for seed, t in traces.items()}
+            best = held_out, _Side(("static", name), right, dict.fromkeys(right, cost))
+    return None if best is None else best[1]
 
 
-def _right_at_last(trace: Trace) -> np.ndarray:
+def right_at_last(trace: Trace) -> np.ndarray:
+    """`[N]`, whether the last exit is right."""
     return trace.logits[:, -1].argmax(-1) == trace.labels
 
 
@@ -133,24 +152,31 @@ def agreement(groups: Mapping[tuple[str, str], Group], config: Comparison) -> li
     target = {"kind": "budget", "value": config.targets.budgets[0]}
     made = []
     for regime in config.regimes:
-        seeds = {a.subject.seed for key, group in groups.items() for a in group if key[0] == regime}
-        names, exits, answers = [], [], []
-        for (name, policy), group in groups.items():
-            # A policy that failed for a seed has nothing to be laid beside the others there.
-            if name != regime or len(group) < len(seeds) or _right(group, target) is None:
-                continue
-            i = config.targets.budgets.index(target["value"])
-            names.append(policy)
-            exits.append(np.concatenate([a.decided.arrays["exits"][i] for a in group]))
-            answers.append(np.concatenate([a.decided.arrays["answers"][i] for a in group]))
-        if names:
+        own = {policy: group for (name, policy), group in groups.items() if name == regime}
+        most = max((len(group) for group in own.values()), default=0)
+        said: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for policy, group in own.items():
+            # One that failed for a seed has nothing to be laid beside the others there.
+            if len(_side((regime, policy), group, target).right) == most:
+                arrays = [(a.decided.arrays, _index(a, target)) for a in group]
+                said[policy] = (
+                    np.concatenate([found["exits"][i] for found, i in arrays]),
+                    np.concatenate([found["answers"][i] for found, i in arrays]),
+                )
+        if said:
+            exits, answers = (np.stack(parts) for parts in zip(*said.values(), strict=True))
             made.append(
                 {
                     "regime": regime,
                     "target": target,
-                    "policies": names,
-                    "exits": metrics.agreement_matrix(np.stack(exits)).tolist(),
-                    "answers": metrics.agreement_matrix(np.stack(answers)).tolist(),
+                    "policies": list(said),
+                    "exits": metrics.agreement_matrix(exits).tolist(),
+                    "answers": metrics.agreement_matrix(answers).tolist(),
                 }
             )
     return made
+
+
+def _index(answer: Answer, target: Mapping[str, Any]) -> int:
+    rows = answer.decided.facts["rows"]
+    return next(i for i, r in enumerate(rows) if r["target"] == target and r["search"] == "optimal")

@@ -55,9 +55,9 @@ def drifted(
 
 
 def _shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first budget's row, and the first certified risk's, by betting where that was asked."""
-    able = [row for row in rows if row.get("thresholds")]
-    budgets = [row for row in able if row["target"]["kind"] == "budget"]
-    risks = [row for row in able if row["target"]["kind"] == "risk"]
+    """The first budget's row, and the first risk's, by betting where that was asked; the same ones
+    for every seed, without those that could not be met."""
+    budgets = [row for row in rows if row["target"]["kind"] == "budget"]
+    risks = [row for row in rows if row["target"]["kind"] == "risk"]
     betting = [row for row in risks if row["target"]["method"] == "betting"]
-    return [*budgets[:1], *(betting or risks)[:1]]
+    return [row for row in (*budgets[:1], *(betting or risks)[:1]) if "error" not in row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from experiments.compare_cells import PLAIN, Cell
 from experiments.compare_choose import CASCADE, Settings, Subject
 from experiments.compare_cli import Arguments
 from experiments.compare_config import Comparison
-from experiments.compare_differences import Answer
+from experiments.compare_differences import Answer, right_at_last
 from experiments.compare_pool import Job
 from experiments.compare_results import Facts
 from experiments.compare_timing import Contender
@@ -64,11 +65,12 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     assert workdir is not None
     with console.status("reading images"):
         dataset = compare_cells.dataset(config.data)
-    if len(dataset.train.images) < config.train.batch:
-        raise ValueError(
-            f"train.batch: {config.train.batch} for {len(dataset.train.images)} training images; "
-            "give a smaller batch."
-        )
+    for name, batch, images in (
+        ("train.batch", config.train.batch, dataset.train.images),
+        ("timing.batch", config.timing.batch, dataset.test.images),
+    ):
+        if len(images) < batch:
+            raise ValueError(f"{name}: {batch} for {len(images)} images; give a smaller batch.")
     facts = {
         "dataset": dataset.name,
         "data_source": dataset.source,
@@ -190,25 +192,12 @@ def _subjects(cells: Sequence[Cell], config: Comparison, workdir: Path) -> list[
     found = [Subject(c.name, c.seed, (c,), cost(c), ms(early[0])) for c in early]
     if config.static.enabled:
         for seed in config.seeds:
-            members = _members([c for c in cells if c.kind == "static" and c.seed == seed], workdir)
+            members = [c for c in cells if c.kind == "static" and c.seed == seed]
+            members.sort(key=lambda c: compare_cells.macs(c)[-1])
             if len(members) > 1:
                 costs = tuple(cost(member)[-1] for member in members)
                 times = tuple(t for member in members for t in ms(member)[-1:])
                 found.append(Subject(CASCADE, seed, tuple(members), costs, times))
-    return found
-
-
-def _members(static: Sequence[Cell], workdir: Path) -> list[Cell]:
-    """A cascade's members, cheapest first: those that are better than all cheaper ones on the split
-    that temperatures are fitted on."""
-    found: list[Cell] = []
-    best = -1.0
-    for cell in sorted(static, key=lambda c: compare_cells.macs(c)[-1]):
-        trace = compare_cells.traces(cell, workdir).calibrate
-        accuracy = float((trace.logits[:, -1].argmax(-1) == trace.labels).mean())
-        if accuracy > best:
-            found.append(cell)
-            best = accuracy
     return found
 
 
@@ -226,35 +215,26 @@ def _measure(
     seed, timing = config.seeds[0], config.timing
     static = [c for c in cells if c.kind == "static" and c.seed == seed]
     static.sort(key=lambda c: c.name != PLAIN)
-    if not static or static[0].name != PLAIN:
-        return [], []
-    contenders = [
-        Contender({"regime": "static", "policy": cell.name}, (cell,), None, None, ())
-        for cell in static
-    ]
-    for answer in answers:
-        subject, policy = answer.subject, answer.policy
-        if subject.seed != seed or policy not in timing.policies:
-            continue
-        for row in answer.decided.facts["rows"]:
-            if row["target"]["kind"] != "budget" or row["search"] != "optimal" or "error" in row:
-                continue
-            kept = [subject.cells[e] for e in row["exits"]] if len(subject.cells) > 1 else []
-            if len(kept) == 1:
-                continue  # one plain network alone, which is timed already
-            words = {"regime": subject.name, "policy": policy, "target": row["target"]}
-            words |= {"accuracy": row["accuracy"], "cost": row["cost"]}
-            limits = tuple(row["thresholds"])
-            contenders.append(Contender(words, tuple(kept) or subject.cells, None, policy, limits))
-    placement = []
     first = next((c for c in cells if c.kind == "regime" and c.seed == seed), None)
-    if first is None or not timing.policies:
-        return compare_timing.timed(contenders, workdir, timing.batch, timing.repeats), []
-    ms = compare_timing.unit_ms(first, workdir, timing.batch, timing.repeats)
-    whole = compare_timing.unit_ms(static[0], workdir, timing.batch, timing.repeats)
-    for share in timing.keep_exits:
-        budget, policy = share * float(whole.cumulative[-1]), timing.policies[0]
-        found = compare_timing.placed(first, policy, ms, budget, workdir)
+    if first is None or not static or static[0].name != PLAIN:
+        return [], []
+    units = compare_timing.unit_ms(first, workdir, timing.batch, timing.repeats)
+    contenders = []
+    for cell in static:
+        right = float(right_at_last(compare_cells.traces(cell, workdir).test).mean())
+        row = {"regime": "static", "policy": cell.name, "accuracy": right}
+        contenders.append(Contender(row, (cell,), None, None, ()))
+    contenders += [
+        contender
+        for answer in answers
+        if answer.subject.seed == seed and answer.policy in timing.policies
+        for contender in _contenders(answer)
+    ]
+    placement = []
+    able = [p for p in timing.policies if p != "gate" or first.name != "joint"]
+    for share, policy in itertools.product(timing.keep_exits, able[:1]):
+        budget = share * float(units.cumulative[-1])
+        found = compare_timing.placed(first, policy, units, budget, workdir)
         if found is None:
             continue
         chosen, row = found
@@ -264,13 +244,24 @@ def _measure(
             both.append((None, chosen.whole.thresholds))
         for kept, limits in both:
             words = {"regime": first.name, "policy": policy, "placement": budget}
-            contenders.append(
-                Contender(
-                    {**words, "all": kept is None},
-                    (first,),
-                    kept,
-                    policy,
-                    tuple(map(float, limits)),
-                )
-            )
-    return compare_timing.timed(contenders, workdir, timing.batch, timing.repeats), placement
+            words["all"] = kept is None
+            limits = tuple(map(float, limits))
+            contenders.append(Contender(words, (first,), kept, policy, limits))
+    rows = compare_timing.timed(contenders, units, workdir, timing.batch, timing.repeats)
+    return rows, placement
+
+
+def _contenders(answer: Answer) -> Iterator[Contender]:
+    """What is timed of a policy: its thresholds for each budget."""
+    subject = answer.subject
+    for row in answer.decided.facts["rows"]:
+        budget = row["target"]["kind"] in ("budget", "ms") and row["search"] == "optimal"
+        if not budget or "error" in row:
+            continue
+        cascade = len(subject.cells) > 1
+        own = tuple(subject.cells[e] for e in row["exits"]) if cascade else subject.cells
+        if cascade and len(own) == 1:
+            continue  # a plain network by itself, which is timed already
+        words = {"regime": subject.name, "policy": answer.policy, "target": row["target"]}
+        words |= {"accuracy": row["accuracy"], "cost": row["cost"]}
+        yield Contender(words, own, None, answer.policy, tuple(row["thresholds"]))

@@ -18,7 +18,6 @@ from matplotlib.ticker import MaxNLocator
 
 from eejax.plots import COLOURS, INK, MARKERS, STYLE
 from experiments.compare_terms import (
-    AREA,
     Gap,
     Results,
     distinct,
@@ -196,9 +195,9 @@ def forest(found: Sequence[Gap]) -> Figure:
 
 
 def main_gaps(results: Results) -> list[Gap]:
-    """The differences at the leading target and of the areas; without any, those of the first."""
+    """The differences at the leading target; without any, those of the first."""
     found = [g for g in gaps(results) if math.isfinite(g.mean)]
-    main = [g for g in found if g.target in (leading_target(results), AREA)]
+    main = [g for g in found if g.target == leading_target(results)]
     return main or [g for g in found if g.target == found[0].target]
 
 

@@ -27,7 +27,8 @@ class Job(NamedTuple):
 
     Attributes:
       name: for people.
-      function: of a module, so that another process can import it.
+      function: of a module, so that another process can import it. One that catches a signal to
+        end in good order raises KeyboardInterrupt then; anything else is a failure like others.
       arguments: what it is called with.
       status: tells how far it is, or "".
     """
@@ -140,13 +141,13 @@ def _beside(
                     outcome = Failure(job.name, f"its process ended with status {code}", "")
                     staff[i] = _hire(shares[i])
                 yield job, outcome
-        for worker in staff:
-            worker.pipe.close()  # which ends it
     except BaseException:
         for worker in staff:
             worker.process.terminate()  # SIGTERM: a training saves its state and ends
         raise
     finally:
+        for worker in staff:
+            worker.pipe.close()  # which ends it, or else it would wait for another job
         for worker in staff:
             worker.process.join()
 
@@ -166,7 +167,8 @@ def _work(pipe: Connection, cores: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    gone = (EOFError, BrokenPipeError, ConnectionResetError)
+    with contextlib.suppress(*gone, KeyboardInterrupt):  # the last where it was told to stop
         while True:
             job = pipe.recv()
             pipe.send(_guarded(job))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from experiments.compare_terms import (
-    AREA,
     Results,
     distinct,
     gap_to,
@@ -95,11 +94,8 @@ def area_cells(results: Results) -> Cells:
     """A row a curve, the largest area first."""
     curves = [c for c in results.get("curves") or () if math.isfinite(real(c.get("area")))]
     curves.sort(key=lambda c: -real(c["area"]))
-    columns = (*_WORDS, "mean accuracy %", "change (points)")
-    rows = [
-        (*scheme(c), spread_words(c["area"], 2), _change(results, {**c, "target": AREA}))
-        for c in curves
-    ]
+    columns = (*_WORDS, "mean accuracy %")
+    rows = [(*scheme(c), spread_words(c["area"], 2)) for c in curves]
     return Cells(columns, tuple(rows), frozenset(_WORDS))
 
 

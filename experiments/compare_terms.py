@@ -14,7 +14,6 @@ Results = Mapping[str, Any]
 Scheme = tuple[str, str]
 """Regime and policy. The regime may be "static", then the policy is the network's name."""
 
-AREA = {"kind": "area"}
 _PROMISES = ("risk", "certificate")
 
 
@@ -113,8 +112,6 @@ def target_words(target: Any) -> str:
     if not isinstance(target, Mapping):
         return "-" if target is None else str(target)
     kind, value = str(target.get("kind")), target.get("value")
-    if kind == "area":
-        return "area under the curve"
     if value is None:
         return kind
     if kind == "budget":

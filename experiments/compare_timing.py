@@ -67,31 +67,33 @@ def unit_ms(cell: Cell, workdir: Path, batch: int, repeats: int) -> cost.Costs:
 
 
 def timed(
-    contenders: Sequence[Contender], workdir: Path, batch: int, repeats: int
+    contenders: Sequence[Contender], units: cost.Costs, workdir: Path, batch: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Each contender's row with `ms` a batch, `spread`, and what follows from them; the first
     contender is the plain network that the others are set beside.
 
+    A plain network is compiled in whichever way is quicker and hands over its labels; a policy's
+    predictor is compiled in one way, and hands over labels, exits and logits. Both are against
+    early exits.
+
     Args:
       contenders: at least one.
+      units: of `unit_ms`, what stages and heads weigh against each other, the same for all regimes.
       workdir: of the comparison.
       batch: images a call, of executor `compact`.
       repeats: interleaved passes over the batches; the median counts.
     """
     words = [[c.row, [x.key for x in c.cells], *c[2:]] for c in contenders]
+    made_of = [words, batch, repeats, [part.tolist() for part in units]]
     return _kept(
-        workdir,
-        "times",
-        [words, batch, repeats],
-        lambda: _timed(contenders, workdir, batch, repeats),
+        workdir, "times", made_of, lambda: _timed(contenders, units, workdir, batch, repeats)
     )
 
 
 def _timed(
-    contenders: Sequence[Contender], workdir: Path, batch: int, repeats: int
+    contenders: Sequence[Contender], units: cost.Costs, workdir: Path, batch: int, repeats: int
 ) -> list[dict[str, Any]]:
     images = compare_cells.dataset(contenders[0].cells[0].data).test.images
-    batch = min(batch, len(images))
     count = min(BATCHES, len(images) // batch)
     pieces = [images[i * batch : (i + 1) * batch] for i in range(count)]
     made = [_call(contender, workdir, pieces) for contender in contenders]
@@ -111,10 +113,9 @@ def _timed(
         }
         if contender.policy and len(contender.cells) == 1:
             # Work needed over whole work, each stage with its head at its own speed.
-            stages = unit_ms(contender.cells[0], workdir, batch, repeats)
-            stages = stages if contender.keep is None else stages.keeping(contender.keep)
-            whole = stages.cumulative
-            row["ideal_ms"] = float(middle[0] * whole[leave].mean() / whole[-1])
+            own = units if contender.keep is None else units.keeping(contender.keep)
+            needed = own.cumulative[leave].mean() / units.cumulative[-1]
+            row["ideal_ms"] = float(middle[0] * needed)
             row["efficiency"] = row["ideal_ms"] / row["ms"]
         rows.append(row)
     return rows
@@ -129,7 +130,8 @@ def _call(
         plain = timing.fastest_plain(network, variables, pieces[0])
         return lambda: [np.asarray(plain(piece)) for piece in pieces], np.zeros(1, int)
     largest = 1 << (len(pieces[0]) - 1).bit_length()
-    predict = predictor(network, _policy(contender, workdir), variables, compact, max_batch=largest)
+    policy = _policy(contender, workdir)
+    predict = predictor(network, policy, variables, compact, max_batch=largest)
     limits = jnp.asarray(contender.thresholds, jnp.float32)
     exits = np.concatenate([np.asarray(predict(limits, piece).exits) for piece in pieces])
     return lambda: [predict(limits, piece).labels for piece in pieces], exits
@@ -147,9 +149,9 @@ def _network(contender: Contender, workdir: Path) -> tuple[EarlyExitNetwork, Var
 
 def _policy(contender: Contender, workdir: Path) -> Policy:
     assert contender.policy is not None
-    name = CASCADE if len(contender.cells) > 1 else contender.cells[0].name
-    unknown = (1.0,) * len(contender.cells)
-    subject = Subject(name, contender.cells[0].seed, contender.cells, unknown, ())
+    cells, first = contender.cells, contender.cells[0]
+    name = CASCADE if len(cells) > 1 else first.name
+    subject = Subject(name, first.seed, cells, (1.0,) * len(cells), ())
     trace = subject_traces(subject, workdir).calibrate
     trace = trace if contender.keep is None else keep_trace(trace, contender.keep)
     return fitted(contender.policy, trace, _macs(contender))
@@ -169,8 +171,11 @@ def placed(
     None where the budget is below the first exit's time."""
     traces = compare_cells.traces(cell, workdir)
 
+    macs = compare_cells.fractions(cell.network, cell.ends_at, cell.data)
+
     def make(exits: tuple[int, ...]) -> Policy:
-        return fitted(policy, keep_trace(traces.calibrate, exits), ms.keeping(exits).cumulative)
+        # At the costs that the policy is made with when it is timed.
+        return fitted(policy, keep_trace(traces.calibrate, exits), macs.keeping(exits).cumulative)
 
     try:
         found = choose_exits(traces.choose, make, ms, budget_ms)

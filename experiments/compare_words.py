@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.compare_terms import (
-    AREA,
     Gap,
     Results,
     Scheme,
@@ -33,7 +32,7 @@ from experiments.compare_terms import (
     target_words,
 )
 
-EQUAL_COST = 0.05
+EQUAL_COST = 0.005
 """Costs that are no further apart count as equal, as fractions of the plain network."""
 
 
@@ -67,8 +66,8 @@ def headline(results: Results) -> list[str]:
     if shifted:
         broken = sum(" is broken " in text for text in shifted)
         words.append(
-            f"On corrupted images, {broken} of {_count(len(shifted), 'guarantee')} tried "
-            f"{_are(broken)} broken at some severity."
+            f"On corrupted images, a guarantee was broken at some severity in {broken} of "
+            f"{_count(len(shifted), 'case')}, a guarantee and a corruption each."
         )
     return words
 
@@ -87,8 +86,7 @@ def significant(results: Results) -> list[tuple[str, list[str]]]:
                 sentences.append(
                     f"Cannot be told apart from {scheme_words(other)} (points): {names}."
                 )
-        heading = target_words(target)
-        sections.append((f"At {heading}" if target != AREA else "Over the whole curve", sentences))
+        sections.append((f"At {target_words(target)}", sentences))
     return sections
 
 
@@ -96,7 +94,8 @@ def corrected(results: Results) -> str:
     """How the differences were tested."""
     draws = results.get("draws")
     words = f"Paired bootstrap over test images and seeds{f', {draws:,} draws' if draws else ''}; "
-    words += f"{_interval(results)}, and p-values after Holm's correction. "
+    words += f"{_interval(results)}, and p-values multiplied by their number (Bonferroni). "
+    words += "A difference is called significant where every seed's own has that sign too. "
     few = len(results.get("seeds") or ())
     if few == 1:
         return words + "With one seed, the intervals are about these trained networks alone."
@@ -106,7 +105,8 @@ def corrected(results: Results) -> str:
 def frontier(results: Results) -> list[str]:
     """Whether early exits beat or lose to the static networks and to the cascade.
 
-    More accuracy for more cost is no win, and less for less no loss; costs within 0.05 are equal.
+    More accuracy for more cost is no win, and less for less no loss. Only the reference is set
+    against static networks, and every scheme against the reference.
     """
     words = []
     for kind, name in (("static", "static networks"), ("cascade", "cascade of static networks")):
@@ -118,9 +118,9 @@ def frontier(results: Results) -> list[str]:
             better = sum(g.verdict == "better" and not g.cost > EQUAL_COST for g in pairs)
             worse = sum(g.verdict == "worse" and not g.cost < -EQUAL_COST for g in pairs)
             words.append(
-                f"Against the {name}, early exits win {better} of {len(pairs)} comparisons "
-                f"(significantly more accurate and no dearer) and lose {worse}; the rest are open "
-                "or trade accuracy for cost."
+                f"Against the {name}, {scheme_words(reference(results))} wins {better} of "
+                f"{len(pairs)} comparisons (significantly more accurate and no dearer) and loses "
+                f"{worse}; the rest are open or trade accuracy for cost."
             )
         elif kind == "static" and results.get("static"):
             words.append("No difference to the static networks was tested.")
@@ -170,7 +170,8 @@ def promises(results: Results) -> list[str]:
     made = [words for words in fared if words != "-"]
     words = [
         f"Of {_count(len(rows), 'guarantee')} asked for, {len(made)} could be certified, and "
-        f"{made.count('held')} of those held on the clean test images, for every seed."
+        f"{made.count('held')} of those held on the clean test images, for every seed that they "
+        "were certified for."
     ]
     seeds = len(results.get("seeds") or ())
     for row, how in zip(rows, fared, strict=True):

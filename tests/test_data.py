@@ -182,6 +182,7 @@ def test_stratified_is_a_partition_in_proportion(draw):
     [
         ({"calibrate": 1_000, "choose": 4_000}, "digits has 1,348 training images"),
         ({"calibrate": 348, "choose": 1_000}, "leave nothing to train on"),
+        ({"certify": 898}, "certify=898 leave nothing to train on"),
         ({"calibrate": 0}, "calibrate=0"),
         ({"choose": -1}, "choose=-1"),
         ({"limit": 0}, "limit=0"),
@@ -201,6 +202,23 @@ def test_limit_keeps_that_many_training_images_and_the_other_splits():
     assert some.mean != whole.mean
     more = data.load(dataclasses.replace(DIGITS, limit=10_000), SEED)
     assert len(more.train.labels) == len(whole.train.labels)
+
+
+def test_a_certify_split_is_cut_from_the_training_images_alone():
+    """What was held out before stays as it was, and what is left to train on keeps its order."""
+    before = data.load(DIGITS, SEED)
+    assert len(before.certify.labels) == 0, "none unless it is asked for"
+    ds = data.load(dataclasses.replace(DIGITS, certify=250), SEED)
+    for name in ("calibrate", "choose", "test"):
+        for one, other in zip(getattr(ds, name), getattr(before, name), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert (len(ds.train.labels), len(ds.certify.labels)) == (648, 250)
+    assert rows(ds.train, ds.certify) == rows(before.train)
+    left = iter(image.tobytes() for image in before.train.images)
+    assert all(image.tobytes() in left for image in ds.train.images)
+    shares = np.bincount(before.train.labels) * 250 / 898
+    assert np.all(np.abs(np.bincount(ds.certify.labels) - shares) <= 2)
+    assert np.any(np.diff(ds.certify.labels) < 0), "in random order, not class by class"
 
 
 def test_mean_and_std_are_those_of_the_training_images():

@@ -226,7 +226,7 @@ def test_patience_counts_the_exits_in_a_row_that_gave_the_class_before():
 
 
 def test_a_fixed_exit_is_the_best_single_one_within_the_budget():
-    right = np.random.default_rng(0).uniform(size=(200, 4)) < [0.3, 0.7, 0.6, 0.9]
+    right = np.random.default_rng(0).uniform(size=(200, 4)) < np.array([0.3, 0.7, 0.6, 0.9])
     trace = routing.recorded(random_logits(0, 8, 1.0, 200).reshape(200, 4, 2), np.zeros(200))
     scores = routing.score(policies.fixed, trace).scores
     cost = np.array([0.25, 0.5, 0.75, 1.0])
@@ -253,7 +253,7 @@ def test_random_scores_are_uniform_and_say_nothing():
         assert ((counts - 400) ** 2 / 400).sum() < 95  # chi-square of 49: one draw in 10^4 is above
     told = [*found.values(), scores(max_prob, logits), logits[:, 0], random_scores(-logits, 0, 0)]
     ranks = np.argsort(np.argsort(told, axis=1), axis=1)
-    correlation = np.corrcoef(ranks)[: len(found)]
+    correlation = np.asarray(np.corrcoef(ranks))[: len(found)]
     assert np.abs(correlation[correlation < 0.9999]).max() < 0.03
     assert (correlation > 0.9999).sum() == len(found)
 

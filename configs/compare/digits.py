@@ -5,13 +5,21 @@
 With 449 test images a difference under two points is noise; it shows that everything works.
 """
 
-from experiments.compare_config import Comparison, DriftConfig, GuaranteeConfig
+from experiments.compare_config import (
+    Comparison,
+    DriftConfig,
+    GuaranteeConfig,
+    TargetsConfig,
+    TimingConfig,
+)
 from experiments.config import DataConfig, NetworkConfig, TrainConfig
 
 config = Comparison(
     data=DataConfig(name="digits", calibrate=150, choose=250, certify=250, flip=False, shift=1),
     network=NetworkConfig(name="fast", width=16, exits=(1, 2, 3)),
     train=TrainConfig(cost_weight=0.3, epochs=40, batch=128),
+    targets=TargetsConfig(budgets=(0.1, 0.2, 0.4), curve=12),
     guarantee=GuaranteeConfig(risks=(0.1,)),
+    timing=TimingConfig(keep_exits=(0.25,)),
     drift=DriftConfig(images=449),
 )

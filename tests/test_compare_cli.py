@@ -1,0 +1,210 @@
+"""The comparison's command line: what it fills in, and the one-line reasons it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import cli, compare, compare_cells, compare_cli
+from experiments.compare_config import Comparison, check
+from experiments.config import to_json
+
+DIGITS = ["--data.name", "digits"]
+OWN = cli.load_config(compare_cli.CONFIGS / "digits.py", Comparison)
+
+
+def parsed(*argv):
+    return compare_cli.parse([*DIGITS, *argv])
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        parsed(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def resolving_to(monkeypatch, name):
+    """As if this data set were what can be had."""
+    monkeypatch.setattr(compare_cli, "resolve", lambda config: name)
+
+
+# --- where the configuration comes from ----------------------------------------------------------
+
+
+def test_a_data_set_brings_its_configuration_and_flags_override_it():
+    plain = parsed()
+    assert plain.run == OWN
+    assert (plain.workdir, plain.jobs) == (Path("runs/compare-digits"), None)
+    flags = ["--train.epochs", "3", "--policies", "max_prob", "vote", "--seeds", "5"]
+    changed = parsed(*flags, "--static.no-enabled", "--jobs", "2", "--workdir", "elsewhere")
+    assert (changed.workdir, changed.jobs) == (Path("elsewhere"), 2)
+    assert changed.run == dataclasses.replace(
+        OWN,
+        seeds=(5,),
+        policies=("max_prob", "vote"),
+        train=dataclasses.replace(OWN.train, epochs=3),
+        static=dataclasses.replace(OWN.static, enabled=False),
+    )
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar100"])
+def test_a_data_set_without_its_own_file_takes_its_main_jobs(name, monkeypatch):
+    resolving_to(monkeypatch, name)
+    arguments = compare_cli.parse(["--data.name", name])
+    job = cli.load_config(cli.CONFIGS / f"{name}.py")
+    assert arguments.workdir == Path(f"runs/compare-{name}")
+    assert arguments.run.network == job.network
+    assert arguments.run.train == job.train
+    assert arguments.run.data == dataclasses.replace(job.data, certify=1_000)
+    assert arguments.run.policies == Comparison().policies
+
+
+def test_without_flags_it_is_cifar10_or_says_that_it_had_to_fall_back(monkeypatch):
+    resolving_to(monkeypatch, "cifar10")
+    whole = compare_cli.parse([])
+    assert whole.run == cli.load_config(compare_cli.CONFIGS / "cifar10.py", Comparison)
+    resolving_to(monkeypatch, "digits")
+    instead = compare_cli.parse([])
+    assert instead.workdir == Path("runs/compare-digits")
+    # By this name, loading the images tells of the fall-back.
+    automatic = dataclasses.replace(OWN.data, name="auto")
+    assert instead.run == dataclasses.replace(OWN, data=automatic)
+
+
+def test_what_was_trained_after_a_fall_back_is_found_by_the_data_sets_name(monkeypatch):
+    """A directory's own configuration has the name of what was read."""
+    named = compare_cells.cells(parsed().run)
+    resolving_to(monkeypatch, "digits")
+    automatic = compare_cells.cells(compare_cli.parse([]).run)
+    assert [cell.key for cell in automatic] == [cell.key for cell in named]
+    assert len({cell.key for cell in named}) == len(named)
+
+
+def test_a_configuration_file_is_taken_and_overridden(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from experiments.compare_config import *\n"
+        "from experiments.config import DataConfig\n"
+        "config = Comparison(seeds=(7,), policies=('max_prob', 'vote'),\n"
+        "    data=DataConfig(name='digits', calibrate=100, choose=200, certify=300))\n"
+    )
+    run = compare_cli.parse(["--config", str(path), "--train.batch", "64"]).run
+    assert (run.seeds, run.policies, run.train.batch) == ((7,), ("max_prob", "vote"), 64)
+    assert (run.data.calibrate, run.data.certify) == (100, 300)
+    assert run.network == Comparison().network, "not the data set's"
+    path.write_text("from experiments.config import Config\nconfig = Config()\n")
+    assert "Comparison" in refused("--config", str(path))
+
+
+def test_resume_takes_the_stored_configuration_and_flags_extend_it(tmp_path):
+    stored = dataclasses.replace(
+        OWN,
+        seeds=(4,),
+        data=dataclasses.replace(OWN.data, cache=tmp_path / "cache"),
+        static=dataclasses.replace(OWN.static, widths=(0.25,)),
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"config": to_json(stored)}))
+    begun = ["--workdir", str(tmp_path), "--resume"]
+    assert compare_cli.parse(begun).run == stored
+    more = compare_cli.parse([*begun, "--seeds", "4", "5"])
+    assert more.run == dataclasses.replace(stored, seeds=(4, 5))
+    assert more.workdir == tmp_path
+
+
+@pytest.mark.parametrize("path", sorted(compare_cli.CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_configuration_file_can_be_run(path):
+    config = cli.load_config(path, Comparison)
+    check(config)
+    assert config.data.name == path.stem
+    command = f"python -m experiments.compare --data.name {path.stem}"
+    assert command in path.read_text(), "its docstring gives the command"
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--nonsense", "3"], ["--nonsense"]),
+        (["--train.epoch", "3"], ["--train.epoch", "--train.epochs"]),
+        (["--drift.kinds", "snow"], ["snow", "contrast"]),
+        (["--targets.budgets", "1.5"], ["targets.budgets: 1.5", "between 0 and 1"]),
+        (["--targets.budgets", "0.5", "0.5"], ["targets.budgets: (0.5, 0.5)", "each once"]),
+        (["--targets.budgets-ms", "0"], ["targets.budgets_ms: 0", "greater than 0"]),
+        (["--targets.drops", "-0.01"], ["targets.drops: -0.01", "at least 0"]),
+        (["--targets.curve", "1"], ["targets.curve: 1", "2 points"]),
+        (["--seeds", "3", "3"], ["seeds: (3, 3)", "each once"]),
+        (["--seeds"], ["seeds: ()", "at least one"]),
+        (["--seeds", "-1"], ["seeds: -1", "0 to 4294967295"]),
+        (["--regimes", "joint", "joint"], ["regimes", "each once"]),
+        (["--policies", "gate", "max_prob"], ["policies: gate", "another first"]),
+        (["--policies", "margin", "vote"], ["guarantee.policies: max_prob", "margin, vote"]),
+        (["--timing.policies", "gate", "--policies", "max_prob"], ["timing.policies: gate"]),
+        (["--drift.policies", "vote", "--policies", "max_prob"], ["drift.policies: vote"]),
+        (["--drift.severities", "6"], ["drift.severities: 6", "1 to 5"]),
+        (["--data.certify", "0"], ["data.certify: 0", "200 or more"]),
+        (["--guarantee.risks", "1"], ["guarantee.risks: 1", "between 0 and 1"]),
+        (["--static.exits", "4"], ["static.exits: 4", "1 to 3"]),
+        (["--static.widths", "0.5", "0.5"], ["static.widths: (0.5, 0.5)", "each once"]),
+        (["--network.exits", "5"], ["network.exits: (5,)", "before the last block"]),
+        (["--network.no-gate"], ["network.gate", "soft_auxiliary"]),
+        (["--train.exit-weights", "1", "2"], ["2 weights for 4 exits"]),
+        (["--jobs", "0"], ["--jobs 0", "at least 1"]),
+        (["--resume"], ["--resume needs --workdir"]),
+        (["--resume", "--workdir", "not/there"], ["no run in not/there"]),
+        (["--config", "not/there.py"], ["not/there.py", "no such file"]),
+        (["--workdir"], ["--workdir", "expected one argument"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_and_what_to_do(argv, words):
+    message = refused(*argv)
+    for word in words:
+        assert word in message
+
+
+def test_nothing_need_be_certified():
+    run = parsed("--guarantee.policies", "--data.certify", "0").run
+    assert (run.guarantee.policies, run.data.certify) == ((), 0)
+
+
+def test_a_mistake_ends_with_status_2_and_one_line(capsys):
+    assert compare.main([*DIGITS, "--seeds", "3", "3"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: seeds: (3, 3)")
+    assert printed.err.count("\n") == 1
+    # So is what only the images tell.
+    assert compare.main([*DIGITS, "--data.choose", "5000"]) == 2
+    printed = capsys.readouterr()
+    assert "leave nothing to train on" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_mistake_comes_without_jax_and_without_a_traceback():
+    command = [sys.executable, "-X", "importtime", "-m", "experiments.compare", "--jobs", "0"]
+    result = subprocess.run(
+        [*command, *DIGITS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.rstrip().splitlines()[-1].startswith("error: --jobs 0")
+    assert "Traceback" not in result.stderr
+    assert "jaxlib" not in result.stderr, "a mistake should not wait for JAX to be imported"
+
+
+def test_help_explains_every_field():
+    command = [sys.executable, "-m", "experiments.compare", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0
+    for word in (
+        *("python -m experiments.compare", "--workdir", "--resume", "--targets.budgets"),
+        *("--seeds", "Each trains every network anew", "--guarantee.delta", "--static.widths"),
+    ):
+        assert word in result.stdout
