@@ -172,7 +172,7 @@ def _timer(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _subjects(cells: Sequence[Cell], config: Comparison, workdir: Path) -> list[Subject]:
     """What policies decide on, with costs in one unit for all: the plain network's.
 
-    All regimes have the same network, so the stages of one are measured for all.
+    Equal networks take equal time, so one is measured for all regimes and seeds.
     """
     plain = next((c for c in cells if c.name == PLAIN), None)
     if plain is None:
@@ -187,9 +187,10 @@ def _subjects(cells: Sequence[Cell], config: Comparison, workdir: Path) -> list[
         if not config.targets.budgets_ms:
             return ()
         timing = config.timing
-        return tuple(compare_timing.unit_ms(cell, workdir, timing.batch, timing.repeats).cumulative)
+        one = next(c for c in cells if (c.network, c.ends_at) == (cell.network, cell.ends_at))
+        return tuple(compare_timing.unit_ms(one, workdir, timing.batch, timing.repeats).cumulative)
 
-    found = [Subject(c.name, c.seed, (c,), cost(c), ms(early[0])) for c in early]
+    found = [Subject(c.name, c.seed, (c,), cost(c), ms(c)) for c in early]
     if config.static.enabled:
         for seed in config.seeds:
             members = [c for c in cells if c.kind == "static" and c.seed == seed]
@@ -234,11 +235,10 @@ def _measure(
     able = [p for p in timing.policies if p != "gate" or first.name != "joint"]
     for share, policy in itertools.product(timing.keep_exits, able[:1]):
         budget = share * float(units.cumulative[-1])
-        found = compare_timing.placed(first, policy, units, budget, workdir)
-        if found is None:
-            continue
-        chosen, row = found
+        chosen, row = compare_timing.placed(first, policy, units, budget, workdir)
         placement.append(row)
+        if chosen is None:
+            continue
         both: list[tuple[tuple[int, ...] | None, Any]] = [(chosen.exits, chosen.thresholds)]
         if chosen.whole is not None:
             both.append((None, chosen.whole.thresholds))

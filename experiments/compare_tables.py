@@ -190,7 +190,8 @@ def placement_cells(results: Results) -> Cells:
         words = [*scheme(row), ms_words(row.get("budget_ms")), str(row.get("batch") or "-"), kept]
         words += [str(row.get("of") or "-"), number(row.get("accuracy"), 1, scale=100)]
         words += [ms_words(row.get("ms")), number(row.get("all_accuracy"), 1, scale=100)]
-        rows.append((*words, ms_words(row.get("all_ms")), str(row.get("search") or "-")))
+        how = str(row.get("search") or row.get("error") or "-")
+        rows.append((*words, ms_words(row.get("all_ms")), how))
     return Cells(columns, tuple(rows), frozenset({*_WORDS, "keep exits", "search"}))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from eejax import cost, metrics
 from eejax.cascade import cascade, cascade_variables
 from eejax.compaction import compact
-from eejax.inference import predictor
+from eejax.inference import Predictor, predictor
 from eejax.network import EarlyExitNetwork, Variables, keep_variables
 from eejax.placement import Placement, choose_exits, keep_trace
 from eejax.policies import Policy
@@ -96,7 +96,8 @@ def _timed(
     images = compare_cells.dataset(contenders[0].cells[0].data).test.images
     count = min(BATCHES, len(images) // batch)
     pieces = [images[i * batch : (i + 1) * batch] for i in range(count)]
-    made = [_call(contender, workdir, pieces) for contender in contenders]
+    ready: dict[Any, Predictor] = {}  # one program serves all thresholds
+    made = [_call(contender, workdir, pieces, ready) for contender in contenders]
     times = 1e3 * cost.paired_seconds([call for call, _ in made], repeats) / count
     middle = np.median(times, axis=1)
     low, high = np.quantile(times, (0.25, 0.75), axis=1)
@@ -122,16 +123,19 @@ def _timed(
 
 
 def _call(
-    contender: Contender, workdir: Path, pieces: list[np.ndarray]
+    contender: Contender, workdir: Path, pieces: list[np.ndarray], ready: dict[Any, Predictor]
 ) -> tuple[Callable[[], Any], np.ndarray]:
     """A pass over the batches, and the exits taken."""
-    network, variables = _network(contender, workdir)
     if contender.policy is None:
-        plain = timing.fastest_plain(network, variables, pieces[0])
+        plain = timing.fastest_plain(*_network(contender, workdir), pieces[0])
         return lambda: [np.asarray(plain(piece)) for piece in pieces], np.zeros(1, int)
-    largest = 1 << (len(pieces[0]) - 1).bit_length()
-    policy = _policy(contender, workdir)
-    predict = predictor(network, policy, variables, compact, max_batch=largest)
+    decides = contender.cells, contender.keep, contender.policy
+    if decides not in ready:
+        network, variables = _network(contender, workdir)
+        largest = 1 << (len(pieces[0]) - 1).bit_length()
+        policy = _policy(contender, workdir)
+        ready[decides] = predictor(network, policy, variables, compact, max_batch=largest)
+    predict = ready[decides]
     limits = jnp.asarray(contender.thresholds, jnp.float32)
     exits = np.concatenate([np.asarray(predict(limits, piece).exits) for piece in pieces])
     return lambda: [predict(limits, piece).labels for piece in pieces], exits
@@ -166,9 +170,9 @@ def _macs(contender: Contender) -> np.ndarray:
 
 def placed(
     cell: Cell, policy: str, ms: cost.Costs, budget_ms: float, workdir: Path
-) -> tuple[Placement, dict[str, Any]] | None:
+) -> tuple[Placement | None, dict[str, Any]]:
     """Which exits to keep for a budget in measured time, and what that comes to on the test split;
-    None where the budget is below the first exit's time."""
+    None, and the reason, where the budget is below the first exit's time."""
     traces = compare_cells.traces(cell, workdir)
 
     macs = compare_cells.fractions(cell.network, cell.ends_at, cell.data)
@@ -177,14 +181,12 @@ def placed(
         # At the costs that the policy is made with when it is timed.
         return fitted(policy, keep_trace(traces.calibrate, exits), macs.keeping(exits).cumulative)
 
+    row: dict[str, Any] = {"regime": cell.name, "policy": policy, "budget_ms": budget_ms}
     try:
         found = choose_exits(traces.choose, make, ms, budget_ms)
-    except ValueError:
-        return None
-    row: dict[str, Any] = {
-        "regime": cell.name,
-        "policy": policy,
-        "budget_ms": budget_ms,
+    except ValueError as error:
+        return None, {**row, "error": str(error)}
+    row |= {
         "kept": list(found.exits),
         "of": len(ms.stages),
         "search": found.search,

@@ -32,8 +32,8 @@ SEED = 4
 
 @functools.cache
 def members():
-    """Of the last two the heads read each other's memory."""
-    return tuple(toys.shared_network(exits) for exits in (1, 3, 2))
+    """The heads of the second read each other's memory."""
+    return tuple(toys.shared_network(exits) for exits in (1, 2, 1))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, compare, compare_cells, compare_cli
+from experiments import cli, compare, compare_cells, compare_cli, data
 from experiments.compare_config import Comparison, check
 from experiments.config import to_json
 
@@ -80,11 +80,14 @@ def test_without_flags_it_is_cifar10_or_says_that_it_had_to_fall_back(monkeypatc
 
 def test_what_was_trained_after_a_fall_back_is_found_by_the_data_sets_name(monkeypatch):
     """A directory's own configuration has the name of what was read."""
-    named = compare_cells.cells(parsed().run)
     resolving_to(monkeypatch, "digits")
-    automatic = compare_cells.cells(compare_cli.parse([]).run)
-    assert [cell.key for cell in automatic] == [cell.key for cell in named]
-    assert len({cell.key for cell in named}) == len(named)
+    automatic = compare_cli.parse([]).run
+    assert automatic.data.name == "auto"
+    fallen_back = dataclasses.replace(data.load(OWN.data, 0), notice="no CIFAR-10 here")
+    monkeypatch.setattr(compare_cells, "dataset", lambda config: fallen_back)
+    named = [cell.key for cell in compare_cells.cells(OWN)]
+    assert [cell.key for cell in compare_cells.cells(automatic)] == named
+    assert len(set(named)) == len(named)
 
 
 def test_a_configuration_file_is_taken_and_overridden(tmp_path):

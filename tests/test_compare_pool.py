@@ -175,6 +175,7 @@ def test_a_training_that_was_told_to_stop_ends_everything(tmp_path, monkeypatch)
     """It saves its state, and the next one does not begin."""
     from experiments import compare_cells, loop
     from experiments.compare_config import Comparison
+    from experiments.config import DataConfig
 
     begun = []
 
@@ -183,7 +184,7 @@ def test_a_training_that_was_told_to_stop_ends_everything(tmp_path, monkeypatch)
         raise loop.Stopped("SIGTERM: saved after step 3 of 8", 143)
 
     monkeypatch.setattr(compare_cells, "_train", train)
-    config = Comparison()
+    config = Comparison(data=DataConfig(name="digits", calibrate=100, choose=100))
     cells = compare_cells.cells(config)
     jobs = [Job(c.key, compare_cells.prepare, (c, config.drift, tmp_path)) for c in cells]
     with pytest.raises(KeyboardInterrupt):

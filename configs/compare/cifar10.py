@@ -1,6 +1,6 @@
 """Policies and regimes side by side on CIFAR-10.
 
-    python -m experiments.compare --data.name cifar10
+python -m experiments.compare --data.name cifar10
 """
 
 from experiments.compare_config import Comparison

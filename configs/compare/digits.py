@@ -10,7 +10,6 @@ from experiments.compare_config import (
     DriftConfig,
     GuaranteeConfig,
     TargetsConfig,
-    TimingConfig,
 )
 from experiments.config import DataConfig, NetworkConfig, TrainConfig
 
@@ -20,6 +19,5 @@ config = Comparison(
     train=TrainConfig(cost_weight=0.3, epochs=40, batch=128),
     targets=TargetsConfig(budgets=(0.1, 0.2, 0.4), curve=12),
     guarantee=GuaranteeConfig(risks=(0.1,)),
-    timing=TimingConfig(keep_exits=(0.25,)),
     drift=DriftConfig(images=449),
 )
