@@ -22,17 +22,18 @@ def main(argv: Sequence[str]) -> int:
     from experiments.compare_cli import parse
 
     try:
-        arguments = parse(argv)
-        # Only now that the command line is known to be right: JAX takes seconds to import.
-        from experiments import compare_job
+        try:
+            arguments = parse(argv)
+            # Only now that the command line is known to be right: JAX takes seconds to import.
+            from experiments import compare_job
 
-        prepared = compare_job.prepare(arguments, argv)
-    except (ValueError, OSError) as error:
-        return _complain(f"error: {error}", 2)
-    try:
-        compare_job.run(arguments, prepared)
-    except compare_job.NothingToCompare as error:
-        return _complain(f"error: {error}", 1)
+            prepared = compare_job.prepare(arguments, argv)
+        except (ValueError, OSError) as error:
+            return _complain(f"error: {error}", 2)
+        try:
+            compare_job.run(arguments, prepared)
+        except compare_job.NothingToCompare as error:
+            return _complain(f"error: {error}", 1)
     except KeyboardInterrupt:
         words = "interrupted; what is done is kept, continue with the same command"
         return _complain(words, 130)

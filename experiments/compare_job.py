@@ -24,6 +24,7 @@ from experiments import (
     report,
 )
 from experiments.circumstances import circumstances
+from experiments.cli import read_run
 from experiments.compare_cells import PLAIN, Cell
 from experiments.compare_choose import CASCADE, Settings, Subject
 from experiments.compare_cli import Arguments
@@ -82,11 +83,14 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
         },
         **circumstances("experiments.compare", argv, datetime.datetime.now().astimezone()),
     }
+    if arguments.resume:
+        # By its stored name the data set is no fall-back any more; the comparison still is.
+        facts["notice"] = read_run(workdir).get("notice", "")
     stored = to_json(config)
     stored["data"]["name"] = dataset.name
     report.write_json(workdir / "config.json", {**facts, "config": stored})
-    if dataset.notice:
-        console.print(Panel(dataset.notice, title="NOTICE", style="bold yellow"))
+    if facts["notice"]:
+        console.print(Panel(facts["notice"], title="NOTICE", style="bold yellow"))
     console.print(f"{dataset.name}: {dataset.source}\neverything goes to {workdir}")
     return Prepared(workdir, facts, console)
 

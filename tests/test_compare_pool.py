@@ -196,20 +196,20 @@ def test_a_training_that_was_told_to_stop_ends_everything(tmp_path, monkeypatch)
 def test_a_signal_ends_all_workers_and_waits_for_what_they_save(number, tmp_path):
     code = "import pathlib, test_compare_pool as t; t.be_interrupted(pathlib.Path({!r}))"
     root = Path(__file__).parent
-    process = subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-c", code.format(str(tmp_path))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root.parent)])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        until((tmp_path / "ends").exists)
-        process.send_signal(number)
-        printed, complaints = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-        process.wait()
+    with started as process:
+        try:
+            until((tmp_path / "ends").exists)
+            process.send_signal(number)
+            printed, complaints = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     assert (process.returncode, printed, complaints) == (0, "interrupted\n", "")
     assert (tmp_path / "saved").exists()
     for name in ("ends", "runs on"):
