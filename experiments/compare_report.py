@@ -20,15 +20,16 @@ Parts, of which any may be missing or empty but `dataset`:
                    random, oracle, met, error, class_exit_fractions [C][E], thresholds}]; a risk or
                    certificate has `risk` S and `certified`, a number of seeds, too
     curves       [{regime, policy, points [{cost, accuracy, low, high}], area S}], area_range
-    differences  [{target T or {kind: area}, a, b, difference, low, high, p, adjusted_p,
-                   significant, cost_difference}], comparisons, level, draws
+    differences  [{target T, a, b, difference, low, high, p, adjusted_p, significant, seeds
+                   {seed: difference}, cost_difference}], comparisons, level, draws
     agreement    [{regime, target, policies [P], exits [P][P], answers [P][P]}]
     timing       [{regime or static or cascade, policy, target, strategy, batch, ms, spread,
                    full_ms, ideal_ms, speedup, efficiency, accuracy, cost}]
-    drift        [{corruption, severity, regime, policy, target, accuracy, cost, risk, interval,
-                   epsilon, holds}]; severity 0 is the clean test images
+    drift        [{corruption, severity, regime, policy, target, accuracy, cost, seeds, risk,
+                   interval, epsilon, broken, holds}]; severity 0 is the clean test images, broken
+                   and seeds are numbers of seeds
     placement    [{regime, policy, budget_ms, batch, kept, of, accuracy, ms, all_accuracy, all_ms,
-                   search}]
+                   search}], or an error
 
 The regime "cascade" is the cascade of the static networks.
 """

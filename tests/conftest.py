@@ -34,3 +34,14 @@ def digits_run(tmp_path_factory):
     ]
     assert cifar.main([*flags, "--workdir", str(path)]) == 0
     return path
+
+
+@pytest.fixture(scope="session")
+def digits_comparison(tmp_path_factory):
+    """The directory of a small comparison on the embedded data."""
+    from small_comparison import quick_to_compile, run
+
+    path = tmp_path_factory.mktemp("compare") / "run"
+    with quick_to_compile():
+        assert run(path) == 0
+    return path

@@ -75,6 +75,8 @@ def end_in_good_order(folder):
 
 def be_interrupted(folder):
     """The process that the tests send a signal to."""
+    # A shell's background job, such as the tests may be, hands on an ignored SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     jobs = [Job("a", end_in_good_order, (folder,)), Job("b", run_on, (folder,))]
     try:
         compare_pool.run("tests", jobs, 2, Console())

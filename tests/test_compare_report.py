@@ -312,8 +312,8 @@ def test_more_accuracy_for_more_cost_is_no_win_over_the_static_networks() -> Non
     for cost, count in ((0.0, 1), (0.2, 0), (-0.2, 1)):
         results["differences"] = [pair | {"cost_difference": cost}]
         (text,) = words.frontier(results)
-        assert f"win {count} of 1" in text
-        assert "lose 0" in text
+        assert f"wins {count} of 1" in text
+        assert "loses 0" in text
 
 
 def test_random_exits_are_beaten_only_beyond_the_interval() -> None:
@@ -360,7 +360,7 @@ def test_a_guarantee_that_breaks_under_shift_is_told() -> None:
     assert "is broken from severity 3 (risk 6.0 %, interval 5.2 to 6.8 %); unclear at 2" in noise
     assert "holds up to severity 5" in blur
     assert "is not refuted up to severity 5" in contrast
-    assert "1 of 3 guarantees" in words.headline(results)[-1]
+    assert "1 of 3 cases" in words.headline(results)[-1]
     for row in results["drift"]:
         row["holds"] = row["holds"] and "no"
     assert all("broken on the clean images already" in text for text in words.drifts(results))

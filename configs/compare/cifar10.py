@@ -3,12 +3,13 @@
 python -m experiments.compare --data.name cifar10
 """
 
-from experiments.compare_config import Comparison
+from experiments.compare_config import Comparison, TargetsConfig
 from experiments.config import DataConfig, NetworkConfig, TrainConfig
 
 config = Comparison(
     regimes=("joint", "soft_auxiliary", "soft_literal", "soft_mixture"),
     data=DataConfig(name="cifar10", calibrate=1_000, choose=3_000, certify=2_000),
     network=NetworkConfig(name="fast", width=32, exits=(2, 3, 4)),
+    targets=TargetsConfig(budgets=(0.5, 0.6, 0.75)),
     train=TrainConfig(exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=6),
 )
