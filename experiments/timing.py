@@ -90,22 +90,30 @@ def fastest_plain(
 ) -> Callable[[Any], jax.Array]:
     """The plain network, images to labels `[B]`, compiled with whichever options are quicker here.
 
-    The variables are bound to it as `predictor` binds them, so that neither side pays for handing
-    them over.
-
     Args:
       images: `[B, ...]` on the host, what the options are compared on.
       repeats: interleaved runs for that.
+    """
+    candidates = plain_programs(network, variables)
+    if len(candidates) == 1:
+        return candidates[0]
+    times = cost.paired_seconds(
+        [lambda c=c: np.asarray(c(images)) for c in candidates], repeats, min(repeats, 2)
+    )
+    return candidates[int(np.median(times, axis=1).argmin())]
+
+
+def plain_programs(
+    network: EarlyExitNetwork, variables: Variables
+) -> list[Callable[[Any], jax.Array]]:
+    """The plain network, images to labels `[B]`, compiled in each way that may be the quicker.
+
+    The variables are bound to it as `predictor` binds them, so that neither side pays for handing
+    them over.
     """
 
     def labels(variables: Variables, images: jax.Array) -> jax.Array:
         return network.apply_plain(variables, images).argmax(-1).astype(jnp.int32)
 
     ours = bound(labels, variables)
-    if not compiler_options():
-        return ours
-    candidates = [ours, jax.jit(functools.partial(labels, variables))]
-    times = cost.paired_seconds(
-        [lambda c=c: np.asarray(c(images)) for c in candidates], repeats, min(repeats, 2)
-    )
-    return candidates[int(np.median(times, axis=1).argmin())]
+    return [ours, jax.jit(functools.partial(labels, variables))] if compiler_options() else [ours]
