@@ -7,9 +7,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
+from pathlib import PurePath
+
 import hypothesis
 import jax
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,6 +21,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # reproduces it.
 hypothesis.settings.register_profile("eejax", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("eejax")
+
+
+# Files that share a run of a main job go to the same process, so that it is made once.
+SHARED = {
+    **dict.fromkeys(("test_deadlines", "test_job", "test_latency"), "digits_run"),
+    **dict.fromkeys(("test_compare", "test_compare_again", "test_compare_results"), "comparison"),
+}
+
+
+class _ByRun(LoadFileScheduling):
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return SHARED.get(PurePath(file).stem, file)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Who runs which files."""
+    return _ByRun(config, log)
 
 
 @pytest.fixture(scope="session")
