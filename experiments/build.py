@@ -11,12 +11,10 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from eejax import losses, policies
-from eejax.models.fast import fast
-from eejax.models.isotropic import isotropic
-from eejax.models.resnet import resnet
 from eejax.network import EarlyExitNetwork, normalise
 from eejax.policies import Policy
 from eejax.training import Objective
+from experiments import zoo
 from experiments.augment import augment
 from experiments.config import DataConfig, NetworkConfig, TrainConfig
 from experiments.data import Dataset
@@ -37,14 +35,7 @@ POLICIES: dict[str, Policy] = {
 
 def network(config: NetworkConfig, data: Dataset) -> EarlyExitNetwork:
     """The network, reading uint8 images `[B, H, W, C]`."""
-    classes, dtype = len(data.classes), jnp.dtype(config.dtype)
-    common = {"width": config.width, "exits": config.exits, "gate": config.gate, "dtype": dtype}
-    if config.name == "fast":
-        bare = fast(classes, **common)
-    elif config.name == "isotropic":
-        bare = isotropic(classes, depth=config.depth, **common)
-    else:
-        bare = resnet(classes, depth=config.depth, **common)
+    bare = zoo.network(config, len(data.classes), data.train.images.shape[1:])
     return bare.reading(normalise(data.mean, data.std))
 
 

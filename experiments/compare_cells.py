@@ -23,7 +23,7 @@ from eejax import checkpoint, cost
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.routing import Trace, collect, fingerprints, read_trace, save_trace
 from eejax.training import init_state, make_train_steps
-from experiments import build, data, loop
+from experiments import build, data, loop, zoo
 from experiments.cache import replacing
 from experiments.compare_config import Comparison, DriftConfig
 from experiments.config import DataConfig, NetworkConfig, TrainConfig, to_json
@@ -91,7 +91,7 @@ def cells(config: Comparison) -> list[Cell]:
         for e in config.static.exits or range(1, last + 1):
             made.append((f"depth to exit {e}", "static", alone, e - 1, plain))
         for share in config.static.widths:
-            narrow = dataclasses.replace(alone, width=max(round(share * alone.width), 1))
+            narrow = dataclasses.replace(alone, width=zoo.narrowed(alone, share))
             made.append((f"width {share:g}", "static", narrow, last, plain))
     return [
         Cell(name, kind, seed, images, network, ends_at, train)

@@ -70,7 +70,7 @@ def assemble(
     return {
         **facts.opening,
         "seeds": list(config.seeds),
-        "network": f"{config.network.name}, width {config.network.width}, "
+        "network": f"{config.network.words}, "
         f"{config.network.num_exits} exits, {whole / 1e6:.2f} M multiply-accumulates",
         "seconds": {**facts.seconds, "total": sum(facts.seconds.values())},
         "failed": [{"cell": f.name, "error": f.error} for f in facts.failures],

@@ -47,29 +47,70 @@ class DataConfig:
 class NetworkConfig:
     """The backbone, and where its exits are."""
 
-    name: Literal["fast", "resnet", "isotropic"] = "fast"
-    """Backbone: `fast` (five blocks, for CPUs), `resnet` (He et al., 2016, depth 6n + 2), or
-    `isotropic` (equal blocks on patches of 4x4 pixels)."""
-    depth: int = 56
-    """resnet: number of layers, 6n + 2; isotropic: number of blocks."""
-    width: int = 64
-    """Channels of the first block (fast), of the first group (resnet), or of all (isotropic)."""
-    exits: tuple[int, ...] = (2, 3, 4)
-    """Blocks after which an exit sits, from 1; the one after the last block is always there."""
+    name: str = "fast"
+    """Family: `fast` (five blocks, for CPUs), `resnet` (He et al., 2016, depth 6n + 2), `isotropic`
+    (equal blocks on patches of 4x4 pixels), or another of docs/models.md: resnet_imagenet, vgg,
+    wideresnet, mobilenet, efficientnet, densenet, msdnet, vit, alexnet, lenet."""
+    depth: int | None = None
+    """resnet: number of layers, 6n + 2; isotropic: number of blocks; and so on. Default: the
+    family's own."""
+    width: float | None = None
+    """Channels of the first block (fast), of the first group (resnet), of all (isotropic), or a
+    factor of all of them (mobilenet). Default: the family's own."""
+    exits: tuple[float, ...] | None = None
+    """Blocks after which an exit sits, from 1, or shares of the multiply-accumulates, below 1; the
+    one after the last block is always there. Default: the family's own."""
+    options: tuple[str, ...] = ()
+    """Further arguments of the family, name=value: size=S patch=8; exits=5 for five spread evenly,
+    exits=all."""
     gate: bool = True
     """Heads learn a gate. A soft loss needs it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the backbone; parameters and heads stay float32."""
 
+    def __post_init__(self) -> None:
+        # Flags bring floats; whole numbers are meant as such.
+        object.__setattr__(self, "width", _whole(self.width))
+        if self.exits is not None:
+            object.__setattr__(self, "exits", tuple(map(_whole, self.exits)))
+
+    @property
+    def words(self) -> str:
+        """What it is, on a line, as far as it was given."""
+        given = (
+            ("", self.depth),
+            ("width ", self.width),
+            ("exits ", self.exits and " ".join(map(str, self.exits))),
+        )
+        said = [f"{what}{value}" for what, value in given if value is not None]
+        return ", ".join([self.name, *said, *self.options, self.dtype])
+
     @property
     def blocks(self) -> int:
         """Blocks of the backbone."""
-        return {"fast": 5, "resnet": (self.depth - 2) // 2, "isotropic": self.depth}[self.name]
+        if self.name == "fast" and not self.options:
+            return 5
+        if self.name == "resnet" and not self.options:
+            return ((self.depth or 56) - 2) // 2
+        return self._counted()[0]
 
     @property
     def num_exits(self) -> int:
         """E, the last exit included."""
-        return len(self.exits) + (self.exits[-1:] != (self.blocks,))
+        exits = (2, 3, 4) if self.name == "fast" and self.exits is None else self.exits
+        if exits is None or self.options:
+            return self._counted()[1]
+        return len(exits) + (exits[-1:] != (self.blocks,))
+
+    def _counted(self) -> tuple[int, int]:
+        # Only now, because the families import JAX, and a mistake should not wait for that.
+        from experiments.zoo import counts
+
+        return counts(self)
+
+
+def _whole(value: float | None) -> float | None:
+    return int(value) if value is not None and float(value).is_integer() else value
 
 
 @dataclass(frozen=True)
@@ -159,11 +200,18 @@ def check(config: Config) -> None:
       ValueError: the field, what it is, and what it may be.
     """
     network, train, data = config.network, config.train, config.data
-    if network.name == "resnet" and (network.depth < 8 or (network.depth - 2) % 6):
-        _refuse("network.depth", network.depth, "6n + 2: 8, 14, 20, 32, 44, 56, 110 ...")
-    exits = network.exits
-    if list(exits) != sorted(set(exits)) or any(not 1 <= e <= network.blocks for e in exits):
-        _refuse("network.exits", exits, f"increasing block numbers from 1 to {network.blocks}")
+    if network.width is not None and not network.width > 0:
+        _refuse("network.width", network.width, "something greater than 0")
+    depth = network.depth
+    if network.name == "resnet" and depth is not None and (depth < 8 or (depth - 2) % 6):
+        _refuse("network.depth", depth, "6n + 2: 8, 14, 20, 32, 44, 56, 110 ...")
+    exits, blocks = network.exits or (), network.blocks
+    shares = bool(exits) and all(0 < e < 1 for e in exits)
+    if list(exits) != sorted(set(exits)) or not (
+        shares or all(isinstance(e, int) and 1 <= e <= blocks for e in exits)
+    ):
+        expected = f"increasing block numbers from 1 to {blocks}, or shares between 0 and 1"
+        _refuse("network.exits", exits, expected)
     if train.exit_weights and len(train.exit_weights) != network.num_exits:
         raise ValueError(
             f"train.exit_weights: {len(train.exit_weights)} weights for {network.num_exits} exits; "
@@ -180,7 +228,6 @@ def check(config: Config) -> None:
     if config.inference.policy == "gate" and train.loss == "joint":
         _refuse("inference.policy", "gate", "another, because the joint loss trains no gate")
     positive = {
-        "network.width": network.width,
         "train.epochs": train.epochs,
         "train.batch": train.batch,
         "train.learning_rate": train.learning_rate,

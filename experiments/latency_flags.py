@@ -31,13 +31,13 @@ class Arguments:
     run: Path | None = None
     """Directory that experiments.cifar made: its network, last checkpoint, test images, policy, and
     the thresholds for its budget. The flags that describe a random network are then left out."""
-    network: Literal["resnet", "fast", "isotropic"] = "resnet"
-    """Random network: its backbone."""
-    depth: int = 56
-    """Random network: number of layers, 6n + 2 (resnet), or of blocks (isotropic)."""
-    width: int | None = None
-    """Random network: channels of the first block. Default: 16 (resnet), 64 (the others)."""
-    exits: tuple[int, ...] | None = None
+    network: str = "resnet"
+    """Random network: its family, as --network.name of experiments.cifar."""
+    depth: int | None = None
+    """Random network: number of layers, 6n + 2 (resnet, 56 by default), or of blocks."""
+    width: float | None = None
+    """Random network: channels of the first block. Default: 16 (resnet), or the family's own."""
+    exits: tuple[float, ...] | None = None
     """Random network: blocks after which an exit sits, from 1; the one after the last block is
     always there. Default: three spread evenly before it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -83,10 +83,16 @@ class Arguments:
 
     def network_config(self) -> NetworkConfig:
         """The random network."""
-        width = self.width or (16 if self.network == "resnet" else 64)
-        bare = NetworkConfig(self.network, self.depth, width, (), self.policy == "gate", self.dtype)
+        bare = NetworkConfig(
+            name=self.network,
+            depth=self.depth,
+            width=self.width,
+            exits=self.exits,
+            gate=self.policy == "gate",
+            dtype=self.dtype,
+        )
         if self.exits is not None:
-            return replace(bare, exits=self.exits)
+            return bare
         evenly = {max(1, round(bare.blocks * k / 4)) for k in (1, 2, 3)}
         return replace(bare, exits=tuple(sorted(evenly)))
 

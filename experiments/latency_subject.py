@@ -22,7 +22,7 @@ from eejax.thresholds import for_budget
 from eejax.training import init_state
 from experiments import build, data
 from experiments.cli import from_json, read_run
-from experiments.config import Config, NetworkConfig
+from experiments.config import Config
 from experiments.latency_flags import Arguments, is_stream, rates_of
 from experiments.loop import CHECKPOINTS
 
@@ -134,7 +134,7 @@ def _random(arguments: Arguments, count: int) -> Subject:
     policy = with_temperatures(build.POLICIES[arguments.policy], np.maximum(spread, 1e-6).tolist())
     rates = rates_of("trained", network.num_exits, arguments.rates)
     scores = score(policy, trace).scores
-    name = f"random {_words(config)}, {side}x{side} images"
+    name = f"random {config.words}, {side}x{side} images"
     return Subject(name, network, variables, policy, images, scores, rates, None)
 
 
@@ -172,7 +172,7 @@ def _of_run(arguments: Arguments, count: int) -> Subject:
     # Small test splits are repeated.
     images = dataset.test.images[np.arange(count) % len(dataset.test.images)]
     scores = score(policy, _trace(network, variables, images)).scores
-    name = f"{_words(config.network)}, {dataset.name}, step {step} of {arguments.run.name}"
+    name = f"{config.network.words}, {dataset.name}, step {step} of {arguments.run.name}"
     return Subject(
         name, network, variables, policy, images, scores, None, np.asarray(limits, np.float32)
     )
@@ -181,9 +181,3 @@ def _of_run(arguments: Arguments, count: int) -> Subject:
 def _trace(network: EarlyExitNetwork, variables: Any, images: np.ndarray) -> Trace:
     labels = np.zeros(len(images), np.int32)
     return collect(network, variables, images, labels, batch=min(len(images), 256))
-
-
-def _words(config: NetworkConfig) -> str:
-    kind = f"resnet {config.depth}" if config.name == "resnet" else config.name
-    exits = ", ".join(map(str, (*config.exits, config.blocks)[: config.num_exits]))
-    return f"{kind}, width {config.width}, exits {exits} of {config.blocks}, {config.dtype}"

@@ -1,39 +1,188 @@
-"""The shipped networks: shapes, cuts, gradients, and what they cost."""
+"""Every family of the zoo: what is published of it, and that its members train and stop early."""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from eejax import compact, cond, cost, loop, max_prob
+from eejax import compact, compaction, cond, cost, loop, losses, max_prob
+from eejax.models import FAMILIES
 from eejax.models.fast import fast
-from eejax.models.isotropic import isotropic
 from eejax.models.resnet import resnet
-from eejax.routing import collect, route, score
+from eejax.policies import Policy
+from eejax.routing import recorded, route, score
 
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-SMALL = {
-    "fast": lambda dtype: fast(4, width=4, gate=True, dtype=dtype),
-    "resnet": lambda dtype: resnet(4, depth=8, width=4, exits=(1, 2), gate=True, dtype=dtype),
-    "isotropic": lambda dtype: isotropic(4, depth=4, width=4, gate=True, dtype=dtype),
-}
+PUBLISHED = [
+    pytest.param(family, each, id=each.name)
+    for family in FAMILIES.values()
+    for each in family.published
+]
 
 
-def parameters(network, image=IMAGE) -> int:
-    shapes = jax.eval_shape(network.init, jax.random.key(0), image)
-    return sum(p.size for p in jax.tree.leaves(shapes["params"]))
+def shapes(network, image=IMAGE):
+    return jax.eval_shape(network.init, jax.random.key(0), image)
 
 
-@pytest.mark.parametrize(("depth", "published"), [(20, 0.27), (32, 0.46), (56, 0.85), (110, 1.73)])
-def test_a_plain_resnet_has_the_published_number_of_parameters(depth, published):
-    # He et al., 2016, table 6, in millions, to two digits.
-    plain = parameters(resnet(10, depth=depth, exits=()))
-    assert round(plain / 1e6, 2) == pytest.approx(published, abs=0.011)
+def parameters(tree) -> int:
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("family", "published"), PUBLISHED)
+def test_full_networks_are_those_of_the_literature(family, published):
+    """By shapes alone: nothing is compiled or computed."""
+    network = family.build(**{**published.arguments, "exits": ()})
+    image = jax.ShapeDtypeStruct((1, *published.arguments.get("image", (32, 32, 3))), jnp.float32)
+    variables = shapes(network, image)
+    assert parameters(variables["params"]) == published.parameters
+    if published.macs is not None:
+        found = cost.layer_macs(network, variables, image).cumulative[-1]
+        assert found == pytest.approx(published.macs, rel=5e-3)
+
+
+# Compiling is most of these tests' time; LLVM's part of it is not what is tested.
+QUICK = {"xla_backend_optimization_level": "0"}
+
+
+@functools.cache
+def small(name, exits=None, dtype=jnp.float32):
+    """A network that is trained in seconds, with two early exits if it can, and its images."""
+    build, arguments = FAMILIES[name].build, dict(FAMILIES[name].small)
+    if exits is None:
+        exits = min(2, build(4, **{**arguments, "exits": "all"}).num_exits - 1)
+    network = build(4, **{**arguments, "exits": exits, "gate": "features", "dtype": dtype})
+    return network, arguments["image"]
+
+
+@functools.cache
+def initial(name, exits=None):
+    network, image = small(name, exits)
+    init = jax.jit(network.init, compiler_options=QUICK)
+    return init(jax.random.key(0), jnp.zeros((1, *image)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exits_leave_the_backbone_as_it_is_and_costs_add_up(name):
+    arguments = FAMILIES[name].small
+    image = jax.ShapeDtypeStruct((2, *arguments["image"]), jnp.float32)
+    few, many = (FAMILIES[name].build(4, **{**arguments, "exits": e}) for e in ((), "all"))
+    assert few.num_exits == 1
+    alone, every = shapes(few, image), shapes(many, image)
+    early = parameters(every["params"]["heads"][:-1])
+    assert parameters(every["params"]) == parameters(alone["params"]) + early
+    for count in (cost.macs, cost.layer_macs):
+        whole, parts = count(few, alone, image), count(many, every, image)
+        np.testing.assert_allclose(parts.stages.sum(), whole.stages[0], rtol=1e-6)
+        assert parts.heads[-1] == whole.heads[0]
+        assert (parts.heads > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_trains_every_parameter(name, dtype):
+    network, image = small(name, dtype=dtype)
+    images = jax.random.normal(jax.random.key(1), (8, *image))
+    targets = jax.nn.one_hot(jnp.arange(8) % 4, 4)
+    variables = initial(name)
+    optimiser = optax.sgd(1e-2)
+
+    def loss(params):
+        outputs, stats = network.apply_all({**variables, "params": params}, images, train=True)
+        weights = jnp.ones(network.num_exits)
+        losses_ = losses.joint(outputs.logits, outputs.gate, targets, weights)
+        return losses_.mean() + (outputs.gate**2).mean(), (outputs, stats)
+
+    def step(params):
+        (before, (outputs, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, _ = optimiser.update(gradients, optimiser.init(params))
+        return before, outputs, stats, gradients, optax.apply_updates(params, updates)
+
+    before, outputs, stats, gradients, params = jax.jit(step, compiler_options=QUICK)(
+        variables["params"]
+    )
+    assert outputs.logits.dtype == outputs.gate.dtype == jnp.float32
+    assert outputs.logits.shape == (network.num_exits, 8, 4)
+    assert np.isfinite(before)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert gradient.dtype == jnp.float32, path
+        assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
+    for old, new in zip(
+        jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(stats), strict=True
+    ):
+        assert not np.array_equal(old, new)
+        assert new.dtype == jnp.float32
+
+
+# One size of tiles, so that each stage is compiled once.
+tiled = functools.partial(compact, tiles=(8,))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_executors_agree_with_the_reference(name):
+    """Two programs differ in the last bits, so samples that sit on a threshold are left out."""
+    uniform = compaction.runs(small(name, "all")[0])[-1]
+    executors = [cond, tiled, *([loop] if uniform[1] - uniform[0] > 1 else [])]
+    exits = "all" if loop in executors else None
+    network, image = small(name, exits)
+    variables = initial(name, exits)
+    images = np.random.default_rng(3).normal(size=(40, *image)).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(sharpness, thresholds):
+        def step(output, state, e):
+            return max_prob.step(output._replace(logits=output.logits * sharpness[e]), state, e)
+
+        policy = Policy(max_prob.init, step)
+        found = [each(network, policy, variables, thresholds, images) for each in executors]
+        return network.apply_all(variables, jnp.asarray(images))[0].logits, found
+
+    ones = np.ones(network.num_exits, np.float32)
+    logits, _ = run(ones, ones[1:])
+    # Some new networks say nearly the same of every image.
+    sharpness = 1 / logits.std((1, 2))
+    trace = recorded(np.swapaxes(logits * sharpness[:, None, None], 0, 1), np.zeros(40, int))
+    scored = score(max_prob, trace)
+    thresholds = np.quantile(scored.scores[:, :-1], 0.6, axis=0).astype(np.float32)
+    routed = route(scored, thresholds)
+    assert len(set(routed.exits.tolist())) == network.num_exits
+    clear = (np.abs(scored.scores[:, :-1] - thresholds) > 1e-4).all(1)
+    assert clear.sum() >= 36
+    for found in run(sharpness, thresholds)[1]:
+        np.testing.assert_array_equal(found.exits[clear], routed.exits[clear])
+        np.testing.assert_allclose(found.logits[clear], routed.logits[clear], rtol=1e-3, atol=1e-3)
+
+
+def test_equal_stages_are_seen_to_be_equal():
+    equal = {"isotropic", "vit"}
+    for name in FAMILIES:
+        found = compaction.runs(small(name, "all")[0])
+        if name in equal:
+            assert found == [(0, 1), (1, small(name, "all")[0].num_exits)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_positions_that_do_not_exist_are_refused(name):
+    build, arguments = FAMILIES[name].build, dict(FAMILIES[name].small)
+    blocks = small(name, "all")[0].num_exits
+    for exits, said in (
+        ((0,), f"from 1 to {blocks}"),
+        ((blocks + 1,), f"from 1 to {blocks}"),
+        ((1, 1), f"from 1 to {blocks}"),
+        (blocks, f"0 to {blocks - 1}"),
+        ((0.5, 1.5), "between 0 and 1"),
+        ("some", "give"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build(4, **{**arguments, "exits": exits})
 
 
 def test_resnet_56_costs_what_a_count_by_hand_gives():
     network = resnet(10, depth=56, exits=())
-    shapes = jax.eval_shape(network.init, jax.random.key(0), IMAGE)
 
     def valid(side: int, stride: int = 1) -> int:
         """Products of a 3x3 kernel with something else than padding, along one axis."""
@@ -46,7 +195,7 @@ def test_resnet_56_costs_what_a_count_by_hand_gives():
         stride = 1 if width == 16 else 2
         by_hand += valid(side * stride, stride) ** 2 * before * width
         by_hand += 17 * valid(side) ** 2 * width * width
-    macs = cost.macs(network, shapes, IMAGE).cumulative[-1]
+    macs = cost.macs(network, shapes(network), IMAGE).cumulative[-1]
     # XLA counts normalisation, ReLU and additions too, a few operations for each activation.
     assert by_hand < macs < 1.03 * by_hand
 
@@ -62,68 +211,7 @@ def test_exits_sit_where_they_are_asked_for_and_the_last_is_always_there(exits):
     assert outputs.gate.shape == (network.num_exits, 2)
 
 
-def test_any_set_of_exits_leaves_the_backbone_as_it_is():
-    few, many = (resnet(10, depth=8, exits=e) for e in ((), (1, 2)))
-    heads = 16 * 10 + 10 + 32 * 10 + 10
-    assert parameters(many) - parameters(few) == heads
-
-
-@pytest.mark.parametrize("exits", [(0,), (6,), (2, 1), (1, 1)])
-def test_exits_that_do_not_exist_are_refused(exits):
-    with pytest.raises(ValueError, match="from 1 to 5"):
-        fast(10, exits=exits)
-    with pytest.raises(ValueError, match="from 1 to 3"):
-        resnet(10, depth=8, exits=exits)
-
-
 @pytest.mark.parametrize("depth", [7, 2, 57])
 def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
     with pytest.raises(ValueError, match="6n"):
         resnet(10, depth=depth)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("build", SMALL)
-def test_every_parameter_is_reached_by_gradients(build, dtype):
-    network = SMALL[build](dtype)
-    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
-    variables = jax.jit(network.init)(jax.random.key(0), images)
-
-    def loss(params):
-        outputs, stats = network.apply_all({**variables, "params": params}, images, train=True)
-        return (outputs.logits**2).sum() + (outputs.gate**2).sum(), (outputs, stats)
-
-    gradients, (outputs, stats) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
-    assert outputs.logits.dtype == outputs.gate.dtype == jnp.float32
-    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-        assert gradient.dtype == jnp.float32, path
-        assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
-    for before, after in zip(
-        jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(stats), strict=True
-    ):
-        assert not np.array_equal(before, after)
-        assert after.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("build", SMALL)
-def test_executors_agree_with_the_reference_on_shipped_networks(build):
-    """Two programs differ in the last bits, so samples that sit on a threshold are left out."""
-    network = SMALL[build](jnp.float32)
-    images = np.random.default_rng(3).normal(size=(40, 8, 8, 3)).astype(np.float32)
-    variables = jax.jit(network.init)(jax.random.key(2), images[:1])
-    scored = score(max_prob, collect(network, variables, images, np.zeros(40, int)))
-    thresholds = np.quantile(scored.scores[:, :-1], 0.6, axis=0).astype(np.float32)
-    routed = route(scored, thresholds)
-    assert len(set(routed.exits.tolist())) == network.num_exits
-    clear = (np.abs(scored.scores[:, :-1] - thresholds) > 1e-5).all(1)
-    assert clear.sum() >= 36
-    executors = [cond, compact, *([loop] if build == "isotropic" else [])]
-
-    def run(variables, thresholds, images):
-        return [each(network, max_prob, variables, thresholds, images) for each in executors]
-
-    # Compiling is most of this test's time; LLVM's part of it is not what is tested.
-    compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": "0"})
-    for found in compiled(variables, thresholds, images):
-        np.testing.assert_array_equal(found.exits[clear], routed.exits[clear])
-        np.testing.assert_allclose(found.logits[clear], routed.logits[clear], rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ import toys
 
 from eejax import EarlyExitNetwork, ExitOutput, Module, compaction, normalise
 from eejax.adapters import Chain, from_linen
-from eejax.heads import PooledLinear
+from eejax.heads import Head, Pooled
 from eejax.network import keep_variables
 
 
@@ -179,15 +179,15 @@ def test_training_returns_new_statistics_and_leaves_the_old_ones_alone():
 
 
 def test_equal_linen_modules_are_one_pair_of_functions():
-    assert from_linen(PooledLinear(3)) == from_linen(PooledLinear(3))
-    assert from_linen(PooledLinear(3)) != from_linen(PooledLinear(4))
+    assert from_linen(Head(3)) == from_linen(Head(3))
+    assert from_linen(Head(3)) != from_linen(Head(4))
     # A list cannot be hashed: such a module works, and is equal to nothing.
     chain = Chain([nn.Dense(2)])  # pyright: ignore
     assert from_linen(chain) != from_linen(chain)
 
 
 def test_a_linen_module_without_statistics_trains_too():
-    module = from_linen(PooledLinear(3, gate=True))
+    module = from_linen(Head(3, gate="features"))
     features = jnp.ones((2, 4, 4, 5))
     variables = module.init(jax.random.key(0), features, ())
     output, stats = module.apply(variables, features, (), train=True)
@@ -198,7 +198,7 @@ def test_a_linen_module_without_statistics_trains_too():
 @pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("pool", ["average", "both"])
 def test_a_pooled_head_answers_in_float32(kind, pool):
-    head = from_linen(PooledLinear(3, gate=True, pool=pool))
+    head = from_linen(Head(3, Pooled(pool), gate="features"))
     features = jax.random.normal(jax.random.key(0), (4, 5, 6, 7)).astype(kind)
     variables = head.init(jax.random.key(1), features, ())
     output, _ = head.apply(variables, features, (), train=False)
@@ -217,7 +217,7 @@ def test_a_pooled_head_answers_in_float32(kind, pool):
     # Inference pools in another way than training does.
     trained, _ = head.apply(variables, features, (), train=True)
     np.testing.assert_allclose(output.logits, trained.logits, rtol=1e-4, atol=1e-5)
-    silent = from_linen(PooledLinear(3, pool=pool))
+    silent = from_linen(Head(3, Pooled(pool)))
     output, _ = silent.apply(
         silent.init(jax.random.key(1), features, ()), features, (), train=False
     )

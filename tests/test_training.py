@@ -17,7 +17,7 @@ from rich.console import Console
 
 from eejax import losses, training
 from eejax.adapters import cut
-from eejax.heads import PooledLinear
+from eejax.heads import Head
 from eejax.models.layers import Norm
 from eejax.network import normalise
 from experiments import loop
@@ -34,7 +34,7 @@ class Block(nn.Module):
         return nn.relu(Norm()(nn.Dense(8, use_bias=False)(x), train=train))
 
 
-NETWORK = cut([Block(), Block(), Block()], (1, 2), lambda e: PooledLinear(CLASSES, gate=True))
+NETWORK = cut([Block(), Block(), Block()], (1, 2), lambda e: Head(CLASSES, gate="features"))
 NETWORK = NETWORK.reading(normalise((100.0,), (50.0,)))
 OPTIMISER = optax.sgd(0.1, momentum=0.9)
 KEY = jax.random.key(5)

@@ -10,7 +10,7 @@ early exits cheap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,9 +18,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from eejax.adapters import Chain, cut
-from eejax.heads import PooledLinear
+from eejax.heads import Head, Pooled
+from eejax.models.family import Family
 from eejax.models.layers import Norm
 from eejax.network import EarlyExitNetwork
+from eejax.positions import Exits
 
 
 class Stem(nn.Module):
@@ -61,18 +63,22 @@ class Block(nn.Module):
 def fast(
     classes: int,
     *,
+    image: Sequence[int] = (32, 32, 3),
     width: int = 64,
-    exits: Sequence[int] = (2, 3, 4),
-    gate: bool = False,
+    exits: Exits = (2, 3, 4),
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
     dtype: Any = jnp.float32,
 ) -> EarlyExitNetwork:
     """The fast network: a stem and five blocks, exits after any of them.
 
     Args:
       classes: C.
+      image: `(height, width, channels)`.
       width: channels of the first block; the others have 2, 4, 4 and 4 times as many.
-      exits: block numbers, 1 to 5, increasing; the last block's is always there.
-      gate: heads learn a gate.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; one on averages and maxima without it.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
@@ -85,7 +91,8 @@ def fast(
         Block(4 * width, residual=True, dtype=dtype),
         Block(4 * width, residual=True, dtype=dtype),
     ]
-    return cut(blocks, exits, lambda e: PooledLinear(classes, gate=gate, pool="both"))
+    last = Head(classes, Pooled("both"), gate)
+    return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
 
 
 def pool(x: Array) -> Array:
@@ -103,3 +110,10 @@ def pool(x: Array) -> Array:
 def _conv(width: int, dtype: Any) -> nn.Conv:
     init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
     return nn.Conv(width, (3, 3), use_bias=False, dtype=dtype, kernel_init=init)
+
+
+FAMILY = Family(
+    fast,
+    "after Jordan, 2024, https://arxiv.org/abs/2404.00498",
+    {"width": 4, "image": (8, 8, 3)},
+)

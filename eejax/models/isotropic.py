@@ -7,7 +7,7 @@ are all you need?*, 2022, https://arxiv.org/abs/2201.09792), with a plain 3x3 co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from eejax.adapters import Chain, cut
-from eejax.heads import PooledLinear
+from eejax.heads import Head
+from eejax.models.family import Family
 from eejax.models.layers import Norm
 from eejax.network import EarlyExitNetwork
+from eejax.positions import Exits
 
 
 class Patches(nn.Module):
@@ -51,23 +53,26 @@ class Block(nn.Module):
 def isotropic(
     classes: int,
     *,
+    image: Sequence[int] = (32, 32, 3),
     depth: int = 12,
     width: int = 64,
     patch: int = 4,
-    exits: Sequence[int] | None = None,
-    gate: bool = False,
+    exits: Exits = "all",
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
     dtype: Any = jnp.float32,
 ) -> EarlyExitNetwork:
     """An isotropic network with exits after any of its blocks.
 
     Args:
       classes: C.
+      image: `(height, width, channels)`.
       depth: blocks.
       width: channels.
       patch: pixels along a patch; images are multiples of it.
-      exits: block numbers, 1 to `depth`, increasing; the last block's is always there. Default: all
-        of them.
-      gate: heads learn a gate.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; `heads.Head(classes, gate=gate)` without it.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
@@ -75,5 +80,12 @@ def isotropic(
     """
     blocks: list[nn.Module] = [Block(width, dtype) for _ in range(depth)]
     blocks[0] = Chain((Patches(width, patch, dtype), blocks[0]))
-    places = range(1, depth + 1) if exits is None else exits
-    return cut(blocks, places, lambda e: PooledLinear(classes, gate=gate))
+    last = Head(classes, gate=gate)
+    return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
+
+
+FAMILY = Family(
+    isotropic,
+    "after Trockman, Kolter, 2022, https://arxiv.org/abs/2201.09792",
+    {"depth": 4, "width": 4, "image": (8, 8, 3)},
+)

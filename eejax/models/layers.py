@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,3 +28,40 @@ class Norm(nn.Module):
             use_running_average=not train, momentum=0.9, epsilon=1e-5, use_scale=self.scale
         )
         return norm(x.astype(jnp.float32)).astype(self.dtype)
+
+
+he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# By the inputs, so that networks without normalisation keep the size of what passes through them
+# where a layer is much wider than the one before.
+he_in = nn.initializers.he_normal()
+
+
+def small_image(image: Sequence[int]) -> bool:
+    """Whether images `(height, width, channels)` are too small for a network of ImageNet's shape,
+    which shrinks them 32 times; such networks then leave out their first reductions."""
+    return min(image[:2]) < 64
+
+
+def shrink(x: Array) -> Array:
+    """3x3 max pooling with stride 2 and padding 1, as networks of ImageNet's shape begin."""
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+
+
+def halved(x: Array) -> Array:
+    """2x2 max pooling with a stride of 2, `[B, H, W, K]` to `[B, H // 2, W // 2, K]`.
+
+    An odd last row or column is left out, and one pixel stays. A maximum over a reshaped array: on
+    a CPU its gradient is several times quicker than that of a window reduction.
+    """
+    b, h, w, k = x.shape
+    if min(h, w) < 2:
+        return x
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, k).max((2, 4))
+
+
+def check_size(image: Sequence[int], least: int, network: str) -> None:
+    """Refuses images `(height, width, channels)` with a side under `least` pixels."""
+    if min(image[:2]) < least:
+        raise ValueError(
+            f"images of {image[0]}x{image[1]} for {network}; give at least {least}x{least}."
+        )

@@ -1,13 +1,14 @@
-"""ResNet for small images, depth 6n + 2: a 3x3 convolution, then three groups of n basic blocks.
+"""ResNet: for small images of depth 6n + 2, and for ImageNet with 18, 34 or 50 layers.
 
 He, Zhang, Ren, Sun, *Deep residual learning for image recognition*, CVPR 2016,
-https://arxiv.org/abs/1512.03385, section 4.2: shortcuts without parameters, every second pixel and
-zero channels where a group begins.
+https://arxiv.org/abs/1512.03385. The one for small images is that of section 4.2: shortcuts without
+parameters, every second pixel and zero channels where a group begins. In the one for ImageNet it is
+a 1x1 convolution, and a bottleneck block strides in its 3x3 convolution, as torchvision's do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from eejax.adapters import Chain, cut
-from eejax.heads import PooledLinear
-from eejax.models.layers import Norm
+from eejax.heads import Head
+from eejax.models.family import Family, Published
+from eejax.models.layers import Norm, he, shrink, small_image
 from eejax.network import EarlyExitNetwork
-
-_he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+from eejax.positions import Exits
 
 
 class Stem(nn.Module):
@@ -55,21 +56,24 @@ class BasicBlock(nn.Module):
 def resnet(
     classes: int,
     *,
+    image: Sequence[int] = (32, 32, 3),
     depth: int = 56,
     width: int = 16,
-    exits: Sequence[int] | None = None,
-    gate: bool = False,
+    exits: Exits = None,
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
     dtype: Any = jnp.float32,
 ) -> EarlyExitNetwork:
-    """A CIFAR ResNet with exits after any of its 3n blocks.
+    """A ResNet for small images, with exits after any of its 3n blocks.
 
     Args:
       classes: C.
+      image: `(height, width, channels)`.
       depth: 6n + 2.
       width: channels of the first group; the next two have twice and four times as many.
-      exits: block numbers, 1 to 3n, increasing; the last block's is always there. Default: three
-        exits spread evenly before it.
-      gate: heads learn a gate.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; `heads.Head(classes, gate=gate)` without it.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
@@ -84,12 +88,145 @@ def resnet(
         for i in range(n)
     ]
     blocks[0] = Chain((Stem(width, dtype), blocks[0]))
-    if exits is None:
-        exits = sorted({max(1, round(3 * n * k / 4)) for k in (1, 2, 3)})
-    return cut(blocks, exits, lambda e: PooledLinear(classes, gate=gate))
+    last = Head(classes, gate=gate)
+    return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
 
 
-def _conv(width: int, stride: int, dtype: Any) -> nn.Conv:
+class LargeStem(nn.Module):
+    """A strided 7x7 convolution and max pooling, a quarter of the size; or one 3x3 convolution."""
+
+    width: int
+    small: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        size, stride, pad = (3, 1, 1) if self.small else (7, 2, 3)
+        conv = nn.Conv(
+            self.width,
+            (size, size),
+            stride,
+            padding=pad,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=he,
+            name="conv1",
+        )
+        x = nn.relu(Norm(dtype=self.dtype, name="bn1")(conv(x.astype(self.dtype)), train=train))
+        return x if self.small else shrink(x)
+
+
+class ProjectedBlock(nn.Module):
+    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1, beside a shortcut that is projected if it must."""
+
+    width: int
+    stride: int = 1
+    bottleneck: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        out = 4 * self.width if self.bottleneck else self.width
+        layers = [(self.width, 3, self.stride), (out, 3, 1)]
+        if self.bottleneck:
+            layers = [(self.width, 1, 1), (self.width, 3, self.stride), (out, 1, 1)]
+        y = x
+        for i, (width, size, stride) in enumerate(layers, 1):
+            y = _conv(width, stride, self.dtype, size, f"conv{i}")(y)
+            y = Norm(dtype=self.dtype, name=f"bn{i}")(y, train=train)
+            y = nn.relu(y) if i < len(layers) else y
+        if x.shape != y.shape:
+            x = _conv(out, self.stride, self.dtype, 1, "downsample_0")(x)
+            x = Norm(dtype=self.dtype, name="downsample_1")(x, train=train)
+        return nn.relu(x + y)
+
+
+def resnet_imagenet(
+    classes: int,
+    *,
+    image: Sequence[int] = (32, 32, 3),
+    depth: int = 18,
+    width: int = 64,
+    exits: Exits = None,
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
+    dtype: Any = jnp.float32,
+) -> EarlyExitNetwork:
+    """The ResNet of ImageNet, with exits after any of its 8 (depth 18) or 16 blocks.
+
+    Args:
+      classes: C.
+      image: `(height, width, channels)`. Images under 64 pixels are not shrunk at the start: there
+        a 3x3 convolution stands for the strided 7x7 one and the pooling.
+      depth: 18 or 34, of basic blocks, or 50, of bottlenecks.
+      width: channels of the first group; each of the next three has twice as many.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; `heads.Head(classes, gate=gate)` without it.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
+      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
+
+    Raises:
+      ValueError: another depth, or exits that do not exist.
+    """
+    if depth not in GROUPS:
+        raise ValueError(f"a ResNet depth of {depth}; give {', '.join(map(str, GROUPS))}.")
+    blocks: list[nn.Module] = [
+        ProjectedBlock(width << group, 2 if group and not i else 1, depth >= 50, dtype)
+        for group, count in enumerate(GROUPS[depth])
+        for i in range(count)
+    ]
+    blocks[0] = Chain((LargeStem(width, small_image(image), dtype), blocks[0]))
+    last = Head(classes, gate=gate)
+    return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
+
+
+GROUPS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+
+def _conv(width: int, stride: int, dtype: Any, size: int = 3, name: str | None = None) -> nn.Conv:
     # Padding that is the same on both sides, whatever the stride, as in the reference: SAME would
     # pad a strided convolution on one side only.
-    return nn.Conv(width, (3, 3), stride, padding=1, use_bias=False, dtype=dtype, kernel_init=_he)
+    return nn.Conv(
+        width,
+        (size, size),
+        stride,
+        padding=size // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=he,
+        name=name,
+    )
+
+
+_PAPER = "He, Zhang, Ren, Sun, 2016, https://arxiv.org/abs/1512.03385"
+_TORCHVISION = "torchvision 0.28"
+_LARGE = {"classes": 1000, "image": (224, 224, 3)}
+
+SMALL_IMAGES = Family(
+    resnet,
+    _PAPER,
+    {"depth": 8, "width": 4, "image": (8, 8, 3)},
+    tuple(
+        Published(f"ResNet-{depth}", {"classes": 10, "depth": depth}, parameters, macs, "akamaster")
+        for depth, parameters, macs in (
+            (20, 269_722, 40.6e6),
+            (32, 464_154, 68.9e6),
+            (44, 658_586, 97.2e6),
+            (56, 853_018, 125.5e6),
+            (110, 1_727_962, 253e6),
+        )
+    ),
+)
+IMAGENET = Family(
+    resnet_imagenet,
+    _PAPER,
+    {"depth": 18, "width": 4, "image": (8, 8, 3)},
+    tuple(
+        Published(f"ResNet-{depth}", {**_LARGE, "depth": depth}, parameters, macs, _TORCHVISION)
+        for depth, parameters, macs in (
+            (18, 11_689_512, 1.814e9),
+            (34, 21_797_672, 3.664e9),
+            (50, 25_557_032, 4.089e9),
+        )
+    ),
+)

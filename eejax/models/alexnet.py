@@ -1,0 +1,102 @@
+"""AlexNet for small images: its five convolutions, padded, and one linear layer.
+
+Krizhevsky, *One weird trick for parallelizing convolutional neural networks*, 2014,
+https://arxiv.org/abs/1404.5997, after Krizhevsky, Sutskever, Hinton, NeurIPS 2012. For small images
+the hidden linear layers are left out, and all pooling is of 2x2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from eejax.adapters import cut
+from eejax.heads import Flat, Head, Mixed
+from eejax.models.family import Family, Published
+from eejax.models.layers import check_size, halved, he_in
+from eejax.network import EarlyExitNetwork
+from eejax.positions import Exits
+
+
+class Block(nn.Module):
+    """A convolution and ReLU; then, if asked for, pooling."""
+
+    width: int
+    size: int
+    stride: int = 1
+    pool: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        del train
+        conv = nn.Conv(
+            self.width,
+            (self.size, self.size),
+            self.stride,
+            padding=self.size // 2,
+            dtype=self.dtype,
+            kernel_init=he_in,
+            name="conv",
+        )
+        x = nn.relu(conv(x.astype(self.dtype)))
+        return halved(x) if self.pool else x
+
+
+def alexnet(
+    classes: int,
+    *,
+    image: Sequence[int] = (32, 32, 3),
+    width: int = 64,
+    exits: Exits = None,
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
+    dtype: Any = jnp.float32,
+) -> EarlyExitNetwork:
+    """An AlexNet for small images, with exits after any of its five convolutions.
+
+    A convolution and the pooling after it are one block.
+
+    Args:
+      classes: C.
+      image: `(height, width, channels)`, at least 16x16. The last pooling is left out where it
+        would leave nothing: below 29x29, as with the 28x28 of MNIST.
+      width: channels of the first block; the others have 3, 6, 4 and 4 times as many.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; `heads.Head(classes, Mixed(), gate)` without it.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
+      dtype: of the backbone's arithmetic; parameters and heads stay float32.
+
+    Raises:
+      ValueError: images that are too small, or exits that do not exist.
+    """
+    check_size(image, 16, "a network that shrinks them sixteen times before its third convolution")
+    blocks: list[nn.Module] = [
+        Block(width, 11, 4, True, dtype),
+        Block(3 * width, 5, 1, True, dtype),
+        Block(6 * width, 3, 1, False, dtype),
+        Block(4 * width, 3, 1, False, dtype),
+        Block(4 * width, 3, 1, True, dtype),
+    ]
+    early, last = Head(classes, Mixed(), gate), Head(classes, Flat(), gate)
+    return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)
+
+
+FAMILY = Family(
+    alexnet,
+    "Krizhevsky, 2014, https://arxiv.org/abs/1404.5997",
+    {"width": 4, "image": (16, 16, 3)},
+    (
+        Published(
+            "AlexNet (CIFAR)",
+            {"classes": 10},
+            2_472_266,
+            14.96e6,
+            "bearpaw/pytorch-classification, 24f1c45",
+        ),
+    ),
+)

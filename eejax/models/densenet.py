@@ -1,0 +1,162 @@
+"""DenseNet-BC: every layer reads what all layers of its group before it have put out.
+
+Huang, Liu, van der Maaten, Weinberger, *Densely connected convolutional networks*, CVPR 2017,
+https://arxiv.org/abs/1608.06993. Bottlenecks of four times the growth, half the channels between
+groups, as in torchvision.
+
+The features grow by concatenation, so a layer copies all that it reads: a group of n layers moves
+n times the memory of its last features, and an executor that gathers samples gathers them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from eejax.adapters import Chain, cut
+from eejax.heads import Head, Pooled, average_pool
+from eejax.models.family import Family, Published
+from eejax.models.layers import Norm, check_size, he, shrink, small_image
+from eejax.network import EarlyExitNetwork
+from eejax.positions import Exits
+
+
+class Stem(nn.Module):
+    """A strided 7x7 convolution, normalised, and max pooling; or one 3x3 convolution, bare.
+
+    Attributes:
+      width: channels that come out.
+      small: the 3x3 convolution, which the paper has for images of 32x32.
+      dtype: of the arithmetic.
+    """
+
+    width: int
+    small: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        size, stride = (3, 1) if self.small else (7, 2)
+        x = _conv(self.width, size, stride, self.dtype, "conv0")(x.astype(self.dtype))
+        if self.small:
+            return x
+        x = nn.relu(Norm(dtype=self.dtype, name="norm0")(x, train=train))
+        return shrink(x)
+
+
+class DenseLayer(nn.Module):
+    """`[B, H, W, K]` to `[B, H, W, K + growth]`: a 1x1 and a 3x3 convolution after a norm."""
+
+    growth: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        y = nn.relu(Norm(dtype=self.dtype, name="norm1")(x, train=train))
+        y = _conv(4 * self.growth, 1, 1, self.dtype, "conv1")(y)
+        y = nn.relu(Norm(dtype=self.dtype, name="norm2")(y, train=train))
+        y = _conv(self.growth, 3, 1, self.dtype, "conv2")(y)
+        return jnp.concatenate([x, y], axis=-1)
+
+
+class Transition(nn.Module):
+    """`[B, H, W, K]` to `[B, H/2, W/2, K/2]`: a 1x1 convolution after its norm, average pooling."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        y = nn.relu(Norm(dtype=self.dtype, name="norm")(x, train=train))
+        y = _conv(x.shape[-1] // 2, 1, 1, self.dtype, "conv")(y)
+        return average_pool(y, (2, 2))
+
+
+def densenet(
+    classes: int,
+    *,
+    image: Sequence[int] = (32, 32, 3),
+    groups: Sequence[int] = (6, 12, 24, 16),
+    width: int = 32,
+    exits: Exits = None,
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
+    dtype: Any = jnp.float32,
+) -> EarlyExitNetwork:
+    """A DenseNet-BC, with exits after any of its dense layers.
+
+    Args:
+      classes: C.
+      image: `(height, width, channels)`. Images under 64 pixels are not shrunk at the start: there
+        one 3x3 convolution stands for the strided 7x7 one, its norm and the pooling.
+      groups: dense layers of each group, of which each but the last ends in halving the image:
+        (6, 12, 24, 16) is DenseNet-121, (6, 12, 32, 32) -169; three of (d - 4) / 6 are the paper's
+        for CIFAR of depth d.
+      width: the growth rate, channels that a layer adds; the stem puts out twice as many.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; without it one that normalises and activates what it
+        pools, as the last head does.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
+      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
+
+    Raises:
+      ValueError: no groups or an empty one, images too small, or exits that do not exist.
+    """
+    if not groups or min(groups) < 1:
+        raise ValueError(f"groups of {tuple(groups)} layers; give one or more of at least 1.")
+    small = small_image(image)
+    halvings = len(groups) - 1 + (0 if small else 2)
+    check_size(image, 1 << halvings, f"{len(groups)} groups, which halve them {halvings} times")
+    blocks: list[nn.Module] = []
+    for group, layers in enumerate(groups):
+        for i in range(layers):
+            parts: list[nn.Module] = [DenseLayer(width, dtype)]
+            if not blocks:
+                parts.insert(0, Stem(2 * width, small, dtype))
+            if i == layers - 1 and group < len(groups) - 1:
+                parts.append(Transition(dtype))
+            blocks.append(parts[0] if len(parts) == 1 else Chain(tuple(parts)))
+    last = Head(classes, Pooled(norm=True), gate)
+    return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
+
+
+def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
+    return nn.Conv(
+        width,
+        (size, size),
+        stride,
+        padding=size // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=he,
+        name=name,
+    )
+
+
+_LARGE = {"classes": 1000, "image": (224, 224, 3)}
+
+FAMILY = Family(
+    densenet,
+    "Huang, Liu, van der Maaten, Weinberger, 2017, https://arxiv.org/abs/1608.06993",
+    {"groups": (1, 1, 1), "width": 4, "image": (8, 8, 3)},
+    (
+        Published("DenseNet-121", _LARGE, 7_978_856, 2.834e9, "torchvision 0.28"),
+        Published(
+            "DenseNet-169",
+            {**_LARGE, "groups": (6, 12, 32, 32)},
+            14_149_480,
+            3.36e9,
+            "torchvision 0.28",
+        ),
+        Published(
+            "DenseNet-BC-100",
+            {"classes": 10, "groups": (16, 16, 16), "width": 12},
+            769_162,
+            288e6,
+            "bearpaw/pytorch-classification, its layers counted",
+        ),
+    ),
+)

@@ -1,0 +1,134 @@
+"""EfficientNet: inverted residuals with squeeze-and-excitation, deeper and wider by two factors.
+
+Tan, Le, *EfficientNet: rethinking model scaling for convolutional neural networks*, ICML 2019,
+https://arxiv.org/abs/1905.11946. As in torchvision, without its dropout before the classifier and
+its stochastic depth: parameters and inference are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from eejax.adapters import cut
+from eejax.heads import Head, Pooled
+from eejax.models.family import Family, Published
+from eejax.models.layers import he, small_image
+from eejax.models.mobilenet import ConvNorm, InvertedResidual, check, rounded
+from eejax.network import EarlyExitNetwork
+from eejax.positions import Exits
+
+
+class SqueezeExcitation(nn.Module):
+    """Each channel times a share in (0, 1), which a small MLP makes of all channels' averages.
+
+    Hu, Shen, Sun, *Squeeze-and-excitation networks*, CVPR 2018, https://arxiv.org/abs/1709.01507.
+
+    Attributes:
+      width: channels between the MLP's two layers.
+      dtype: of the arithmetic.
+    """
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        del train
+        share = x.astype(jnp.float32).mean((1, 2), keepdims=True).astype(self.dtype)
+        share = nn.silu(self._layer(self.width, "fc1")(share))
+        return x * nn.sigmoid(self._layer(x.shape[-1], "fc2")(share))
+
+    def _layer(self, width: int, name: str) -> nn.Conv:
+        return nn.Conv(width, (1, 1), dtype=self.dtype, kernel_init=he, name=name)
+
+
+def efficientnet(
+    classes: int,
+    *,
+    image: Sequence[int] = (32, 32, 3),
+    depth: float = 1.0,
+    width: float = 1.0,
+    exits: Exits = None,
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
+    dtype: Any = jnp.float32,
+) -> EarlyExitNetwork:
+    """An EfficientNet, with exits after any of its blocks; B0's are stem, 16, and a convolution.
+
+    Args:
+      classes: C.
+      image: `(height, width, channels)`. Of images under 64 pixels the stem and the first strided
+        block keep the size, so that these are halved three times and not five.
+      depth: a factor on the repeats of each block, rounded up: 1 for B0, 1.1 for B1, 1.2 for B2.
+      width: a factor on the channels, rounded to multiples of 8: 1 for B0 and B1, 1.1 for B2.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; without it one that normalises and activates what it
+        pools, `heads.Pooled(norm=True)`, since the blocks end without an activation.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
+      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
+
+    Raises:
+      ValueError: a factor that is not positive, images under 8 pixels, or exits that do not exist.
+    """
+    check(image, depth, width)
+    small = small_image(image)
+    before = rounded(32 * width)
+    blocks: list[nn.Module] = [
+        ConvNorm(before, 3, 1 if small else 2, activation=nn.silu, dtype=dtype)
+    ]
+    for group, (expansion, channels, repeats, stride, size) in enumerate(GROUPS):
+        for i in range(math.ceil(repeats * depth)):
+            stays = i > 0 or (small and group == 1)
+            after = rounded(channels * width)
+            blocks.append(
+                InvertedResidual(
+                    after,
+                    1 if stays else stride,
+                    expansion,
+                    size,
+                    attention=SqueezeExcitation(before // 4, dtype),
+                    activation=nn.silu,
+                    dtype=dtype,
+                )
+            )
+            before = after
+    blocks.append(ConvNorm(4 * before, activation=nn.silu, dtype=dtype))
+    early, last = Head(classes, Pooled(norm=True), gate), Head(classes, gate=gate)
+    return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)
+
+
+# Expansion, channels, repeats, stride of the first, size of the depthwise filter.
+GROUPS = (
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 2, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 2, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+)
+
+FAMILY = Family(
+    efficientnet,
+    "Tan, Le, 2019, https://arxiv.org/abs/1905.11946",
+    {"depth": 0.25, "width": 0.1, "image": (8, 8, 3)},
+    tuple(
+        Published(
+            f"EfficientNet-{name}",
+            {"classes": 1000, "image": (side, side, 3), "depth": depth, "width": width},
+            parameters,
+            macs,
+            "torchvision 0.28",
+        )
+        for name, side, depth, width, parameters, macs in (
+            ("B0", 224, 1.0, 1.0, 5_288_548, 0.386e9),
+            ("B2", 288, 1.2, 1.1, 9_109_994, 1.088e9),
+        )
+    ),
+)

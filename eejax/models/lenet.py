@@ -1,0 +1,79 @@
+"""LeNet-5 as it is used today: two 5x5 convolutions with ReLU and max pooling, three linear layers.
+
+LeCun, Bottou, Bengio, Haffner, *Gradient-based learning applied to document recognition*,
+Proceedings of the IEEE 86, 1998, https://doi.org/10.1109/5.726791. Theirs has sigmoids, averages,
+and connections that are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from eejax.adapters import cut
+from eejax.heads import Flat, Head, Hidden, Mixed
+from eejax.models.family import Family, Published
+from eejax.models.layers import check_size, halved, he_in
+from eejax.network import EarlyExitNetwork
+from eejax.positions import Exits
+
+
+class Block(nn.Module):
+    """A 5x5 convolution without padding, ReLU and pooling."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        del train
+        conv = nn.Conv(
+            self.width, (5, 5), padding="VALID", dtype=self.dtype, kernel_init=he_in, name="conv"
+        )
+        return halved(nn.relu(conv(x.astype(self.dtype))))
+
+
+def lenet(
+    classes: int,
+    *,
+    image: Sequence[int] = (32, 32, 3),
+    width: int = 6,
+    exits: Exits = None,
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
+    dtype: Any = jnp.float32,
+) -> EarlyExitNetwork:
+    """A LeNet, with exits after its first convolution, its second, or both.
+
+    The three linear layers are the last head.
+
+    Args:
+      classes: C.
+      image: `(height, width, channels)`, at least 16x16.
+      width: channels of the first convolution. The second has 8/3 as many (rounded down), and the
+        linear layers 20 and 14 times as many: 16, 120 and 84 in a LeNet.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; `heads.Head(classes, Mixed(), gate)` without it.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
+      dtype: of the backbone's arithmetic; parameters and heads stay float32.
+
+    Raises:
+      ValueError: images that are too small, or exits that do not exist.
+    """
+    check_size(image, 16, "two 5x5 convolutions without padding, each pooled by two")
+    blocks: list[nn.Module] = [Block(width, dtype), Block(8 * width // 3, dtype)]
+    early = Head(classes, Mixed(), gate)
+    last = Head(classes, Hidden((20 * width, 14 * width), Flat()), gate)
+    return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)
+
+
+FAMILY = Family(
+    lenet,
+    "LeCun, Bottou, Bengio, Haffner, 1998, https://doi.org/10.1109/5.726791",
+    {"width": 4, "image": (16, 16, 3)},
+    (Published("LeNet", {"classes": 10}, 62_006, 651.7e3, "kuangliu/pytorch-cifar, 49b7aa9"),),
+)

@@ -1,0 +1,139 @@
+"""VGG: 3x3 convolutions alone, of depth 11, 13 or 16, for small images and for ImageNet.
+
+Simonyan, Zisserman, *Very deep convolutional networks for large-scale image recognition*, ICLR
+2015, https://arxiv.org/abs/1409.1556. The one for small images has batch normalisation and one
+linear layer at its end, as it is used on CIFAR since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from eejax.adapters import cut
+from eejax.heads import Flat, Head, Hidden, Mixed, Pooled
+from eejax.models.family import Family, Published
+from eejax.models.layers import Norm, check_size, halved, he_in
+from eejax.network import EarlyExitNetwork
+from eejax.positions import Exits
+
+GROUPS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
+
+
+class Block(nn.Module):
+    """A 3x3 convolution, normalised if asked for, ReLU; then pooling where a group ends."""
+
+    width: int
+    pool: bool = False
+    norm: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        # The convolution has an offset beside the normalisation's, as in the published networks.
+        conv = nn.Conv(
+            self.width, (3, 3), padding=1, dtype=self.dtype, kernel_init=he_in, name="conv"
+        )
+        x = conv(x.astype(self.dtype))
+        if self.norm:
+            x = Norm(dtype=self.dtype, name="bn")(x, train=train)
+        x = nn.relu(x)
+        return halved(x) if self.pool else x
+
+
+def vgg(
+    classes: int,
+    *,
+    image: Sequence[int] = (32, 32, 3),
+    depth: int = 16,
+    width: int = 64,
+    norm: bool = True,
+    hidden: int | None = None,
+    exits: Exits = None,
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
+    dtype: Any = jnp.float32,
+) -> EarlyExitNetwork:
+    """A VGG, with exits after any of its 8, 10 or 13 convolutions.
+
+    A convolution and the pooling after it are one block. There is no dropout; parameters and
+    inference are the same with and without.
+
+    Args:
+      classes: C.
+      image: `(height, width, channels)`, at least 32x32.
+      depth: 11, 13 or 16, the number of layers with `hidden` ones.
+      width: channels of the first group; the others have 2, 4, 8 and 8 times as many.
+      norm: batch normalisation after each convolution.
+      hidden: width of the two linear layers before the last one, which then read 7x7 features: 4096
+        for ImageNet. None for the last one alone, on the average over the image.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; `heads.Head(classes, Mixed(), gate)` without it.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
+      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
+
+    Raises:
+      ValueError: another depth, images that are too small or, with `hidden`, not of a multiple of
+        224, or exits that do not exist.
+    """
+    if depth not in GROUPS:
+        raise ValueError(f"a VGG depth of {depth}; give {', '.join(map(str, GROUPS))}.")
+    check_size(image, 32, "a network that halves them five times")
+    # Five halvings, each of which drops an odd row, leave a multiple of 7.
+    if hidden and any(side // 32 % 7 for side in image[:2]):
+        raise ValueError(
+            f"images of {image[0]}x{image[1]} for hidden layers on 7x7 features; give 224x224 or a "
+            "multiple, or hidden=None."
+        )
+    blocks: list[nn.Module] = [
+        Block(width << min(group, 3), i == count - 1, norm, dtype)
+        for group, count in enumerate(GROUPS[depth])
+        for i in range(count)
+    ]
+    early = Head(classes, Mixed(), gate)
+    last = Head(classes, Hidden((hidden, hidden), Flat(7)) if hidden else Pooled(), gate)
+    return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)
+
+
+_KUANGLIU = "kuangliu/pytorch-cifar, 49b7aa9"
+_TORCHVISION = "torchvision 0.28"
+_LARGE = {"classes": 1000, "image": (224, 224, 3), "hidden": 4096}
+
+FAMILY = Family(
+    vgg,
+    "Simonyan, Zisserman, 2015, https://arxiv.org/abs/1409.1556",
+    {"depth": 11, "width": 4, "image": (32, 32, 3)},
+    (
+        *(
+            Published(
+                f"VGG-{depth} (CIFAR)", {"classes": 10, "depth": depth}, parameters, macs, _KUANGLIU
+            )
+            for depth, parameters, macs in (
+                (11, 9_231_114, 152.8e6),
+                (13, 9_416_010, 228.3e6),
+                (16, 14_728_266, 313.2e6),
+            )
+        ),
+        *(
+            Published(
+                f"VGG-{depth}{' with batch normalisation' if norm else ''}",
+                {**_LARGE, "depth": depth, "norm": norm},
+                parameters,
+                macs,
+                _TORCHVISION,
+            )
+            for depth, norm, parameters, macs in (
+                (11, False, 132_863_336, 7.609e9),
+                (13, False, 133_047_848, 11.308e9),
+                (16, False, 138_357_544, 15.47e9),
+                (11, True, 132_868_840, 7.609e9),
+                (13, True, 133_053_736, 11.308e9),
+                (16, True, 138_365_992, 15.47e9),
+            )
+        ),
+    ),
+)

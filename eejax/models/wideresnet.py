@@ -1,0 +1,128 @@
+"""Wide ResNets: pre-activation residual networks of few and wide blocks.
+
+Zagoruyko, Komodakis, *Wide residual networks*, BMVC 2016, https://arxiv.org/abs/1605.07146.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from eejax.adapters import Chain, cut
+from eejax.heads import Head, Pooled
+from eejax.models.family import Family, Published
+from eejax.models.layers import Norm, he
+from eejax.network import EarlyExitNetwork
+from eejax.positions import Exits
+
+
+class Stem(nn.Module):
+    """A 3x3 convolution, `[B, H, W, C]` to `[B, H, W, 16]`."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        del train
+        return _conv(16, 3, 1, self.dtype, "conv1")(x.astype(self.dtype))
+
+
+class Block(nn.Module):
+    """Normalisation, ReLU and a 3x3 convolution, twice, beside a shortcut.
+
+    Where the number of channels changes, the shortcut is a 1x1 convolution of what is normalised
+    first.
+    """
+
+    width: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        y = nn.relu(Norm(dtype=self.dtype, name="bn1")(x, train=train))
+        if x.shape[-1] != self.width:
+            x = _conv(self.width, 1, self.stride, self.dtype, "shortcut")(y)
+        y = _conv(self.width, 3, self.stride, self.dtype, "conv1")(y)
+        y = nn.relu(Norm(dtype=self.dtype, name="bn2")(y, train=train))
+        return x + _conv(self.width, 3, 1, self.dtype, "conv2")(y)
+
+
+def wideresnet(
+    classes: int,
+    *,
+    image: Sequence[int] = (32, 32, 3),
+    depth: int = 28,
+    width: int = 10,
+    exits: Exits = None,
+    head: Callable[[int], nn.Module] | None = None,
+    gate: str | None = None,
+    dtype: Any = jnp.float32,
+) -> EarlyExitNetwork:
+    """A wide ResNet, WRN-depth-width, with exits after any of its 3n blocks.
+
+    There is no dropout; parameters and inference are the same with and without.
+
+    Args:
+      classes: C.
+      image: `(height, width, channels)`.
+      depth: 6n + 4.
+      width: the factor, of 16 channels in the first group, 32 and 64 in the next two.
+      exits: where, as `positions.blocks_of` takes them.
+      head: `head(e)` makes an early head; `heads.Head(classes, Pooled(norm=True), gate)` without,
+        as the last one is.
+      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
+      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
+
+    Raises:
+      ValueError: a depth that is not 6n + 4, or exits that do not exist.
+    """
+    n, rest = divmod(depth - 4, 6)
+    if rest or n < 1:
+        raise ValueError(f"a wide ResNet's depth of {depth}; give 6n + 4: 10, 16, 22, 28, 40 ...")
+    blocks: list[nn.Module] = [
+        Block(16 * width << group, 2 if group and not i else 1, dtype)
+        for group in range(3)
+        for i in range(n)
+    ]
+    blocks[0] = Chain((Stem(dtype), blocks[0]))
+    last = Head(classes, Pooled(norm=True), gate)
+    return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
+
+
+def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
+    return nn.Conv(
+        width,
+        (size, size),
+        stride,
+        padding=size // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=he,
+        name=name,
+    )
+
+
+FAMILY = Family(
+    wideresnet,
+    "Zagoruyko, Komodakis, 2016, https://arxiv.org/abs/1605.07146",
+    {"depth": 10, "width": 1, "image": (8, 8, 3)},
+    tuple(
+        Published(
+            f"WRN-{depth}-{width}",
+            {"classes": 10, "depth": depth, "width": width},
+            parameters,
+            macs,
+            "xternalz/WideResNet-pytorch, 1171f93",
+        )
+        for depth, width, parameters, macs in (
+            (16, 8, 10_961_370, 1.548e9),
+            (40, 4, 8_949_210, 1.299e9),
+            (28, 10, 36_479_194, 5.243e9),
+        )
+    ),
+)
