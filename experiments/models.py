@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 from eejax import cost
 from eejax.compiling import compiler_options
@@ -25,7 +26,7 @@ class Arguments:
     """Count parameters and multiply-accumulates of every family, beside what is published of it,
     and time how long a network takes to build and to compile."""
 
-    names: tuple[str, ...] = ()
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Families. Default: all of them."""
     compile: bool = True
     """Time building and compiling; without it the whole takes a minute."""

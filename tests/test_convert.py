@@ -7,6 +7,7 @@ import fill
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from eejax import convert, cost, names
 from eejax.models.alexnet import alexnet
@@ -147,3 +148,115 @@ def test_every_block_costs_what_the_layers_of_the_reference_do(name):
             assert counted[e] == theirs, (kind, e)
     whole = costs.stages.sum() + (costs.heads.sum() if table.exits else costs.heads[-1])
     assert whole == sum(record["macs"].values())
+
+
+@pytest.fixture(scope="module")
+def little():
+    """A ResNet of six blocks, its arrays as a PyTorch network would have them, and their names."""
+    network = resnet(5, image=(8, 8, 3), depth=14, width=4, exits=(2, 4))
+    table = names.akamaster_resnet(14)
+    shapes = {
+        name: shape
+        for name, shape in recorded("resnet20")["shapes"].items()
+        if ".2." not in name  # of three blocks a group the third
+    }
+    narrow = {
+        name: [n if n in (3, 1) else 5 if n == 10 else n // 4 for n in shape]
+        for name, shape in shapes.items()
+    }
+    start = jax.tree.map(
+        lambda s: np.full(s.shape, 7, s.dtype), empty(network, np.zeros((1, 8, 8, 3), np.float32))
+    )
+    return start, fill.weights(narrow), table
+
+
+def test_early_heads_stay_and_everything_else_is_taken(little):
+    start, arrays, table = little
+    found = convert.load(start, arrays, table)
+    for e in (0, 1):
+        for leaf in jax.tree.leaves(found["params"]["heads"][e]):
+            assert (leaf == 7).all()
+    rest = [
+        *found["params"]["stages"],
+        *found["batch_stats"]["stages"],
+        found["params"]["heads"][2],
+    ]
+    assert not any((leaf == 7).any() for leaf in jax.tree.leaves(rest))
+    assert jax.tree.structure(found) == jax.tree.structure(start)
+    kernel = found["params"]["stages"][1]["blocks_0"]["Conv_0"]["kernel"]
+    # Block 3 of 6 is the first of the second group.
+    np.testing.assert_array_equal(kernel, arrays["layer2.0.conv1.weight"].transpose(2, 3, 1, 0))
+
+
+def test_a_classifier_for_other_classes_is_left_as_it_is(little):
+    start, arrays, table = little
+    other = {**arrays, "linear.weight": np.ones((9, 16)), "linear.bias": np.ones(9)}
+    with pytest.raises(ValueError, match=r"linear\.(weight|bias).*classifier=False"):
+        convert.load(start, other, table)
+    found = convert.load(start, other, table, classifier=False)
+    assert all((leaf == 7).all() for leaf in jax.tree.leaves(found["params"]["heads"]))
+    assert not (jax.tree.leaves(found["params"]["stages"])[0] == 7).any()
+    # And where the source has none at all.
+    headless = {k: v for k, v in arrays.items() if not k.startswith("linear")}
+    convert.load(start, headless, table, classifier=False)
+    with pytest.raises(ValueError, match=r"2 not there \(linear\.bias, linear\.weight\)"):
+        convert.load(start, headless, table)
+
+
+def test_a_file_of_safetensors_gives_what_its_arrays_do(little, tmp_path):
+    start, arrays, table = little
+    counted = {**arrays, "bn1.num_batches_tracked": np.array(3)}
+    safetensors.numpy.save_file(counted, tmp_path / "w.safetensors")
+    found = convert.load(start, tmp_path / "w.safetensors", table)
+    jax.tree.map(np.testing.assert_array_equal, found, convert.load(start, arrays, table))
+
+
+def test_halves_are_read_into_float32(little):
+    start, arrays, table = little
+    halves = {name: value.astype(np.float16) for name, value in arrays.items()}
+    found = convert.load(start, halves, table)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("change", ["missing", "left", "shape", "blocks"])
+def test_weights_of_another_network_are_refused_by_name(little, change):
+    start, arrays, table = little
+    arrays = dict(arrays)
+    if change == "missing":
+        del arrays["layer2.1.bn1.weight"]
+        said = r"1 not there \(layer2\.1\.bn1\.weight\)"
+    elif change == "left":
+        arrays["layer2.2.conv1.weight"] = np.zeros((8, 8, 3, 3))
+        said = r"1 with no place here \(layer2\.2\.conv1\.weight\)"
+    elif change == "shape":
+        arrays["conv1.weight"] = np.zeros((9, 3, 3, 3))
+        said = r"conv1\.weight: \(3, 3, 3, 9\) there and \(3, 3, 3, 4\) here"
+    else:
+        table = names.akamaster_resnet(20)
+        said = "7 blocks, and names for 10"
+    with pytest.raises(ValueError, match=said):
+        convert.load(start, arrays, table)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.bin", "w.npz"])
+def test_pickles_are_not_read(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match=r"not a \.safetensors file.*save_file"):
+        convert.read(tmp_path / name)
+
+
+def test_a_broken_file_and_none_at_all_are_refused(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"w\.safetensors"):
+        convert.read(tmp_path / "w.safetensors")
+    with pytest.raises(FileNotFoundError):
+        convert.read(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [(names.torchvision_resnet, "18, 34, 50"), (names.kuangliu_vgg, "11, 13, 16")],
+)
+def test_a_depth_without_a_table_is_refused(table, said):
+    with pytest.raises(ValueError, match=said):
+        table(7)

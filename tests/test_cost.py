@@ -223,3 +223,70 @@ def test_paired_runs_are_interleaved_and_warmed_up(burst, monkeypatch):
     assert (times[0] >= 0.04).all()
     assert (times[1] >= 0.2).all()
     assert (times[0] < times[1]).all()
+
+
+def plain(apply):
+    """A network of one stage without parameters, and a head that only shapes its answer."""
+
+    def head(variables, features, memory, *, train):
+        del variables, memory, train
+        return ExitOutput(features.reshape(len(features), -1), jnp.zeros(len(features)), ()), {}
+
+    stage = Module(lambda key, x: {}, lambda variables, x, *, train: (apply(x), {}))
+    return EarlyExitNetwork((stage,), (Module(lambda *_: {}, head),))
+
+
+def counted(apply, *shape):
+    network = plain(apply)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    costs = cost.layer_macs(network, variables, images)
+    assert costs.heads.tolist() == [0]
+    return costs.stages[0]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_layers_count_padding_and_leave_out_what_is_elementwise(batch):
+    network = two_exits("SAME")
+    variables, images = shapes(network, batch)
+    costs = cost.layer_macs(network, variables, images)
+    assert costs.stages.tolist() == [64 * 9 * 3 * 4, 64 * 9 * 4 * 5]
+    assert costs.heads.tolist() == [64 * 4 * 7 + 70, 64 * 5 * 9 + 90]
+
+
+def test_groups_strides_and_dilation_are_counted_by_what_is_multiplied():
+    def convolve(x, groups, **options):
+        kernel = jnp.ones((3, 3, 8 // groups, 16))
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            options.pop("window_strides", (1, 1)),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+            **options,
+        )
+
+    assert counted(lambda x: convolve(x, 1), 2, 4, 6, 8) == 24 * 9 * 8 * 16
+    assert counted(lambda x: convolve(x, 4), 2, 4, 6, 8) == 24 * 9 * 2 * 16
+    assert counted(lambda x: convolve(x, 8), 2, 4, 6, 8) == 24 * 9 * 16
+    assert counted(lambda x: convolve(x, 1, window_strides=(2, 2)), 2, 4, 6, 8) == 6 * 9 * 8 * 16
+    assert counted(lambda x: convolve(x, 1, rhs_dilation=(2, 2)), 2, 4, 6, 8) == 24 * 9 * 8 * 16
+
+
+def test_loops_branches_and_functions_inside_are_counted():
+    square = jnp.ones((5, 5))
+
+    def loop(x):
+        return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ square), None), x, length=7)[0]
+
+    def branch(x):
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ square @ square, lambda x: x @ square, x)
+
+    assert counted(loop, 3, 5) == 7 * 25
+    assert counted(branch, 3, 5) == 2 * 25
+    assert counted(jax.jit(lambda x: x @ square), 3, 5) == 25
+    assert counted(jax.checkpoint(lambda x: x @ square), 3, 5) == 25
+    # Batched products: three heads of scores between 4 tokens.
+    tokens = (2, 4, 3, 6)
+    assert counted(lambda x: jnp.einsum("bqhd,bkhd->bhqk", x, x), *tokens) == 3 * 4 * 4 * 6

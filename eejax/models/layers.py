@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 class Norm(nn.Module):
@@ -28,6 +29,65 @@ class Norm(nn.Module):
             use_running_average=not train, momentum=0.9, epsilon=1e-5, use_scale=self.scale
         )
         return norm(x.astype(jnp.float32)).astype(self.dtype)
+
+
+class Depthwise(nn.Module):
+    """A convolution of each channel by itself, without bias, `[B, H, W, K]` to the same channels.
+
+    XLA has no fast kernel for it on a CPU. There a sum of shifted images, which is elementwise and
+    fused, took a fifteenth to an eightieth of the time, and its gradient a half to an eighteenth.
+
+    Attributes:
+      size: of the kernel, odd; the padding keeps the image's size.
+      stride: by which the image shrinks.
+      dtype: of the arithmetic.
+    """
+
+    size: int = 3
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.size, self.size, 1, x.shape[-1])
+        # Each output reads one channel. Counted over all channels it would start so small that
+        # nothing passes before the statistics have adapted.
+        kernel = self.param("kernel", he_in, shape, jnp.float32)
+        # Flax's own methods cannot be branches of a program.
+        return lax.platform_dependent(
+            x,
+            kernel.astype(self.dtype),
+            cpu=functools.partial(shifted, stride=self.stride),
+            default=functools.partial(convolved, stride=self.stride),
+        )
+
+
+def convolved(x: Array, kernel: Array, stride: int) -> Array:
+    """`x` `[B, H, W, K]` with a depthwise kernel `[n, n, 1, K]`, padded to its size."""
+    pad = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def shifted(x: Array, kernel: Array, stride: int) -> Array:
+    """As `convolved`, by shifted images; summed in float32, as a convolution is."""
+    size = kernel.shape[0]
+    pad = size // 2
+    h, w = ((side - 1) // stride * stride + 1 for side in x.shape[1:3])
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))).astype(jnp.float32)
+    kernel = kernel.astype(jnp.float32)
+    parts = [
+        padded[:, i : i + h : stride, j : j + w : stride] * kernel[None, None, i, j]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return functools.reduce(jnp.add, parts).astype(x.dtype)
 
 
 he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -19,7 +19,7 @@ from jax import Array
 from eejax.adapters import cut
 from eejax.heads import Head, Pooled
 from eejax.models.family import Family, Published
-from eejax.models.layers import Norm, check_size, he, small_image
+from eejax.models.layers import Depthwise, Norm, check_size, he, small_image
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -45,19 +45,19 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        conv = nn.Conv(
-            self.width,
-            (self.size, self.size),
-            self.stride,
-            padding=self.size // 2,
-            feature_group_count=self.width if self.depthwise else 1,
-            use_bias=False,
-            dtype=self.dtype,
-            # Of a depthwise filter each output reads one channel; counted over all channels it
-            # would start so small that nothing passes before the statistics have adapted.
-            kernel_init=nn.initializers.he_normal() if self.depthwise else he,
-            name="conv",
-        )
+        if self.depthwise:
+            conv = Depthwise(self.size, self.stride, self.dtype, name="conv")
+        else:
+            conv = nn.Conv(
+                self.width,
+                (self.size, self.size),
+                self.stride,
+                padding=self.size // 2,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=he,
+                name="conv",
+            )
         x = Norm(dtype=self.dtype, name="bn")(conv(x.astype(self.dtype)), train=train)
         return x if self.activation is None else self.activation(x)
 

@@ -207,7 +207,13 @@ SMALL_IMAGES = Family(
     _PAPER,
     {"depth": 8, "width": 4, "image": (8, 8, 3)},
     tuple(
-        Published(f"ResNet-{depth}", {"classes": 10, "depth": depth}, parameters, macs, "akamaster")
+        Published(
+            f"ResNet-{depth}",
+            {"classes": 10, "depth": depth},
+            parameters,
+            macs,
+            "akamaster/pytorch_resnet_cifar10, d5489e8",
+        )
         for depth, parameters, macs in (
             (20, 269_722, 40.6e6),
             (32, 464_154, 68.9e6),

@@ -1,0 +1,84 @@
+"""Families on the command line, and the zoo in numbers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from eejax.models import FAMILIES
+from experiments import cli, models, zoo
+from experiments.config import Config, NetworkConfig, check
+
+DOCS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+
+
+def test_a_family_takes_what_is_given_and_has_its_own_defaults():
+    network = NetworkConfig(name="vgg", exits=(2, 5))
+    assert (network.blocks, network.num_exits) == (13, 3)
+    assert zoo.network(network, 7, (32, 32, 3)).num_exits == 3
+    assert NetworkConfig(name="vgg", depth=11).num_exits == 4
+    assert NetworkConfig(name="vit", options=("depth=3", "exits=all")).num_exits == 3
+    assert NetworkConfig(name="mobilenet", exits=(0.2, 0.5)).num_exits == 3
+    assert NetworkConfig(name="resnet", depth=20).num_exits == 4
+    assert NetworkConfig(name="isotropic", depth=3).num_exits == 3
+    assert NetworkConfig().num_exits == 4
+    deep = zoo.network(NetworkConfig(name="vit", options=("size=S", "depth=2")), 3, (8, 8, 1))
+    assert deep.num_exits == 2
+
+
+def test_numbers_that_are_whole_are_block_numbers(monkeypatch, tmp_path):
+    flags = ["--data.name", "digits", "--network.name", "resnet", "--network.depth", "20"]
+    run = cli.parse([*flags, "--network.exits", "2", "4", "--network.width", "8"]).run
+    assert run.network.exits == (2, 4)
+    assert (type(run.network.exits[0]), run.network.width) == (int, 8)
+    run = cli.parse([*flags, "--network.exits", "0.25", "0.5"]).run
+    assert run.network.exits == (0.25, 0.5)
+    assert run.network.num_exits == 3
+    assert run.network.words == "resnet, 20, width 16, exits 0.25 0.5, float32"
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (NetworkConfig(name="vggg"), r"network\.name: vggg.*mobilenet"),
+        (NetworkConfig(name="vgg", options=("patch=2",)), r"network\.patch.*it takes depth, width"),
+        (NetworkConfig(name="lenet", depth=3), r"network\.depth: the family lenet takes none"),
+        (NetworkConfig(name="vgg", exits=(2, 14)), "1 to 13"),
+        (NetworkConfig(name="vgg", depth=12), "a VGG depth of 12; give 11, 13, 16"),
+        (NetworkConfig(name="fast", exits=(0.2, 2)), "block numbers from 1 to 5, or shares"),
+        (NetworkConfig(width=0), r"network\.width"),
+        (NetworkConfig(name="msdnet", options=("exits=40",)), "0 to 15"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused_before_anything_slow(network, said):
+    with pytest.raises(ValueError, match=said):
+        check(Config(network=network))
+
+
+def test_a_narrower_network_has_whole_channels_or_a_smaller_factor():
+    assert zoo.narrowed(NetworkConfig(name="fast", width=10), 0.25) == 2
+    assert zoo.narrowed(NetworkConfig(name="resnet"), 0.01) == 1
+    assert zoo.narrowed(NetworkConfig(name="mobilenet"), 0.25) == 0.25
+
+
+def test_the_tables_of_the_docs_are_what_the_command_prints(capsys):
+    assert models.main(["resnet", "lenet", "--no-compile"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 13
+    assert set(printed) <= set(DOCS.splitlines())
+
+
+def test_every_family_has_its_rows_in_the_docs():
+    for name, family in FAMILIES.items():
+        assert len(re.findall(rf"^\| `{name}` \|", DOCS, re.MULTILINE)) == 2
+        for each in family.published:
+            row = f"| {each.name} | {each.parameters:,} | {each.parameters:,} |"
+            assert DOCS.count(row) == 1, each.name
+
+
+def test_compiling_is_timed(capsys):
+    assert models.main(["lenet", "--batch", "2"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"\| `lenet` \|( \d+\.\d \|){4}", last)
+    assert models.main(["nonsense"]) == 2
+    assert "nonsense is no family" in capsys.readouterr().err
