@@ -1,4 +1,4 @@
-"""Small measurements behind the choices that docs/inference.md describes.
+"""Small measurements behind the choices that docs/inference.md and docs/architecture.md describe.
 
 python -m experiments.trials                # all of them, a few minutes
 python -m experiments.trials depth packing  # some
@@ -22,6 +22,7 @@ from eejax import compact, cost, gate, loop, max_prob, stack
 from eejax.compiling import compiler_options
 from eejax.inference import bound
 from eejax.models.isotropic import isotropic
+from eejax.models.layers import convolved, shifted
 from eejax.models.resnet import resnet
 from eejax.network import EarlyExitNetwork, ExitOutput, Variables, normalise
 
@@ -174,7 +175,34 @@ def depth() -> Iterator[Line]:
         yield f"{name}, {blocks} blocks", float(np.median(each)), "s"
 
 
-TRIALS = {f.__name__: f for f in (arguments, heads, scores, packing, depth)}
+def depthwise() -> Iterator[Line]:
+    """A depthwise convolution as XLA's, and as a sum of shifted images, and their gradients."""
+    for batch, side, width, size in (
+        (1, 8, 384, 3),
+        (8, 32, 96, 3),
+        (32, 4, 960, 3),
+        (32, 8, 480, 5),
+    ):
+        x = jax.random.normal(jax.random.key(0), (batch, side, side, width))
+        kernel = jax.random.normal(jax.random.key(1), (size, size, 1, width))
+        calls, names = [], []
+        for name, layer in (("convolution", convolved), ("shifts", shifted)):
+
+            def loss(x: Array, kernel: Array, layer: Callable = layer) -> Array:
+                return (layer(x, kernel, 1) ** 2).sum()
+
+            forward = functools.partial(layer, stride=1)
+            for kind, function in (("", forward), (" gradient", jax.grad(loss, (0, 1)))):
+                compiled = jax.jit(function, compiler_options=compiler_options())
+                calls.append(functools.partial(compiled, x, kernel))
+                names.append(f"{batch}x{side}x{side}x{width}, {size}x{size}, {name}{kind}")
+        for name, seconds in zip(
+            names, np.median(cost.paired_seconds(calls, 5), axis=1), strict=True
+        ):
+            yield name, 1e3 * seconds, "ms"
+
+
+TRIALS = {f.__name__: f for f in (arguments, heads, scores, packing, depth, depthwise)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -189,7 +217,7 @@ def main(argv: Sequence[str]) -> int:
     for name in argv or TRIALS:
         print(f"{name}: {TRIALS[name].__doc__}", flush=True)
         for what, value, unit in TRIALS[name]():
-            print(f"  {what:32s} {value:8.3f} {unit}", flush=True)
+            print(f"  {what:44s} {value:8.3f} {unit}", flush=True)
     return 0
 
 

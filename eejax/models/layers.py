@@ -35,7 +35,7 @@ class Depthwise(nn.Module):
     """A convolution of each channel by itself, without bias, `[B, H, W, K]` to the same channels.
 
     XLA has no fast kernel for it on a CPU. There a sum of shifted images, which is elementwise and
-    fused, took a fifteenth to an eightieth of the time, and its gradient a half to an eighteenth.
+    fused, is 14 to 46 times as fast (`python -m experiments.trials depthwise`).
 
     Attributes:
       size: of the kernel, odd; the padding keeps the image's size.
