@@ -1,0 +1,55 @@
+"""The how-tos' promises: their code runs from top to bottom and does what it says."""
+
+import re
+from pathlib import Path
+
+import jax
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+QUICK = "jax_disable_most_optimizations"
+
+
+def run_page(name: str) -> tuple[dict, int]:
+    """Executes the Python blocks of a page in order; what they define, and how many there are."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
+    before = jax.config.read(QUICK)
+    defined = {}
+    # A reader's JAX is not strict. Compiling would be most of what a page takes.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        jax.config.update(QUICK, True)
+        try:
+            for block in blocks:
+                assert len([line for line in block.splitlines() if line.strip()]) <= 25
+                exec(compile(block, name, "exec"), defined)
+        finally:
+            jax.config.update(QUICK, before)
+    return defined, len(blocks)
+
+
+def test_models_already_there_get_exits_as_the_page_says(capsys):
+    _, blocks = run_page("adapters.md")
+    assert blocks >= 10
+    said = capsys.readouterr().out
+    reports = re.findall(r"accuracy ([\d.]+) at ([\d.]+) of the cost", said)
+    assert len(reports) == 5
+    for accuracy, cost in reports:
+        assert float(accuracy) > 0.5
+        assert float(cost) < 0.9
+    differences = re.findall(r"^[\d.]+(?:e-\d+)?$", said, re.MULTILINE)
+    assert len(differences) == 4
+    assert all(float(d) < 1e-4 for d in differences)
+    assert "(2, 5, 10)" in said
+
+
+def test_networks_of_the_zoo_and_their_heads_are_made_as_the_page_says(capsys):
+    defined, blocks = run_page("models.md")
+    assert blocks == 3
+    assert capsys.readouterr().out.startswith("4 [")
+    for name in ("branchynet", "shallow_deep", "tapering", "chain"):
+        network = defined[name]
+        images = jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")
+        shapes = jax.eval_shape(network.init, jax.random.key(0), images)
+        outputs = jax.eval_shape(lambda v, x, n=network: n.apply_all(v, x)[0], shapes, images)
+        assert outputs.logits.shape == (4, 2, 10)
+    last = shapes["params"]["heads"][-1]["classifier"]["kernel"]
+    assert last.shape == (64 + 10, 10), "the last head sees the one before"
