@@ -243,7 +243,7 @@ def nnx_variables(model: nnx.Module) -> dict[str, Any]:
 
 
 def update_nnx(model: nnx.Module, variables: Variables) -> None:
-    """Writes the variables of a network that `cut_nnx` made back into the model.
+    """Writes the variables of a network that `cut_nnx` made back into the model, in its dtypes.
 
     Raises:
       ValueError: they are not that model's.
@@ -253,7 +253,9 @@ def update_nnx(model: nnx.Module, variables: Variables) -> None:
     slicing.graft(variables, nnx_variables(model))  # do they fit?
     found = slicing.whole(variables)
     for of, collection in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
-        nnx.update(model, _filled(nnx.state(model, of), found.get(collection, {})))
+        own = nnx.state(model, of)
+        new = _filled(own, found.get(collection, {}))
+        nnx.update(model, jax.tree.map(lambda x, o: x.astype(o.dtype), new, own))
 
 
 def _as_module(head: nn.Module | Module) -> Module:

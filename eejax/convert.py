@@ -27,6 +27,7 @@ from eejax.names import Names
 from eejax.network import Variables
 
 KeyPath = tuple[Any, ...]
+_PARALLEL = "module."
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
@@ -41,30 +42,42 @@ def load(
 
     Args:
       variables: as `network.init` gives, of a network cut by `adapters.cut`, anywhere.
-      source: a `.safetensors` file, or arrays by name, as `state_dict()` has them.
+      source: a `.safetensors` file, or arrays by name, as `state_dict()` has them. Of `module.`
+        before every name, which PyTorch's DataParallel leaves there, nothing is read.
       names: what is called what there.
       classifier: take the last head too; without it it stays as it is, for other classes.
 
     Returns:
-      The same tree; the dtypes stay those of `variables`.
+      The same tree of JAX arrays; the dtypes stay those of `variables`.
 
     Raises:
       ValueError: a name that is not there, a shape that does not fit, or weights that are there and
-        have no place here. Nothing is taken by halves.
+        have no place here. Nothing is taken by halves. Arrays of integers, counters and tables of
+        positions, are no weights: those without a place are passed over.
       OSError: the file cannot be read.
     """
     arrays = dict(source) if isinstance(source, Mapping) else read(source)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    if all(name.startswith(_PARALLEL) for name in arrays):
+        arrays = {name.removeprefix(_PARALLEL): array for name, array in arrays.items()}
+    arrays = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
     of = parameter_names(variables, names)
     wanted = {path: name for path, name in of.items() if classifier or not _is_head(path)}
     missing = sorted(set(wanted.values()) - set(arrays))
-    counters = {name for name in arrays if name.endswith("num_batches_tracked")}
-    left = sorted(set(arrays) - set(of.values()) - counters)
+    left = sorted(set(arrays) - set(of.values()))
     if missing or left:
         found = [
             f"{len(each)} {what} ({', '.join(each[:3])}{', ...' if len(each) > 3 else ''})"
             for each, what in ((missing, "not there"), (left, "with no place here"))
             if each
         ]
+        prefix = _prefix(arrays, set(of.values()), set(wanted.values()))
+        if prefix:
+            raise ValueError(
+                f"weights with {prefix!r} before every name, without which they would fit; give "
+                f"{{name.removeprefix({prefix!r}): array for name, array in arrays.items()}}, "
+                "where arrays = convert.read(path) for a file."
+            )
         raise ValueError(
             f"weights of another network: {'; '.join(found)}. Make the network with the depth and "
             "options that they were trained with."
@@ -72,10 +85,14 @@ def load(
 
     def take(path: KeyPath, ours: Any) -> Any:
         if path not in wanted:
-            return ours
-        theirs = _in_our_order(np.asarray(arrays[wanted[path]]), path)
+            return jnp.asarray(ours)
+        theirs = _in_our_order(arrays[wanted[path]], path)
         if theirs.shape != ours.shape:
-            hint = "; classifier=False leaves the last head as it is" if _is_head(path) else ""
+            hint = ""
+            if _is_head(path):
+                hint = "; classifier=False leaves the last head as it is"
+            elif path[-1].key == "pos_embed":
+                hint = "; make the network for the image size that it was trained on"
             raise ValueError(
                 f"{wanted[path]}: {theirs.shape} there and {tuple(ours.shape)} here, in our order "
                 f"of axes{hint}."
@@ -136,6 +153,17 @@ def parameter_names(variables: Variables, names: Names) -> dict[KeyPath, str]:
             name = re.sub(pattern, replacement, name)
         found[path] = name
     return found
+
+
+def _prefix(arrays: Mapping[str, Any], places: set[str], wanted: set[str]) -> str:
+    """What stands before every name, if without it they would fit; else nothing."""
+    parts = next(iter(arrays), "").split(".")
+    for i in range(1, len(parts)):
+        prefix = ".".join(parts[:i]) + "."
+        inside = {name.removeprefix(prefix) for name in arrays if name.startswith(prefix)}
+        if len(inside) == len(arrays) and wanted <= inside <= places:
+            return prefix
+    return ""
 
 
 def _blocks(tree: Any, path: KeyPath) -> list[KeyPath]:

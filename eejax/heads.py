@@ -38,6 +38,7 @@ class Pooled(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool) -> Array:
+        _check_map(features, "Pooled")
         if self.norm:
             features = nn.relu(_batch_norm(train)(features.astype(jnp.float32)))
         parts = []
@@ -63,6 +64,7 @@ class Flat(nn.Module):
     @nn.compact
     def __call__(self, features: Array, *, train: bool) -> Array:
         del train
+        _check_map(features, "Flat")
         b, h, w, _ = features.shape
         if self.size is not None and (h, w) != (self.size, self.size):
             if h % self.size or w % self.size:
@@ -112,6 +114,7 @@ class Convolutional(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool) -> Array:
+        _check_map(features, "Convolutional")
         x = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv")(features.astype(self.dtype))
         x = nn.relu(x)
         if min(x.shape[1:3]) > 1:
@@ -123,16 +126,19 @@ class Mixed(nn.Module):
     """Pooling to `size` x `size` by `a max + (1 - a) average` with a learned a, flattened.
 
     The feature reduction of Kaya, Hong, Dumitras, *Shallow-deep networks*, ICML 2019,
-    https://arxiv.org/abs/1810.07052. Features that are no larger are only flattened.
+    https://arxiv.org/abs/1810.07052. Windows are side // size pixels, their formula, so a side that
+    is no multiple of `size` keeps up to 2 size - 1; of 7x7 features nothing is pooled with size 4.
+    All that stays is read by the classifier, which is heavy where there are many classes.
 
     Attributes:
-      size: height and width after pooling.
+      size: height and width after pooling, of features that are a multiple of it.
     """
 
     size: int = 4
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool) -> Array:
+        _check_map(features, "Mixed")
         x = features.astype(jnp.float32)
         window = (max(x.shape[1] // self.size, 1), max(x.shape[2] // self.size, 1))
         if max(window) > 1:
@@ -158,6 +164,7 @@ class Reduced(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool) -> Array:
+        _check_map(features, "Reduced")
         x = features.astype(self.dtype)
         width = x.shape[-1] if self.width is None else self.width
         for i in range(2):
@@ -186,6 +193,9 @@ class Tokens(nn.Module):
     @nn.compact
     def __call__(self, features: Array, *, train: bool) -> Array:
         del train
+        if features.ndim != 3:
+            hint = "; for feature maps give Pooled()" if features.ndim == 4 else ""
+            raise ValueError(f"features of shape {features.shape}; Tokens reads [B, T, D]{hint}.")
         x = features.astype(jnp.float32)
         if self.kind == "class":
             x = x[:, :1]
@@ -271,6 +281,12 @@ def average_pool(x: Array, window: tuple[int, int]) -> Array:
     which strict types refuse.
     """
     return nn.pool(x, 0.0, lax.add, window, window, "VALID") / float(window[0] * window[1])
+
+
+def _check_map(features: Array, reader: str) -> None:
+    if features.ndim != 4:
+        hint = "; for tokens give Tokens()" if features.ndim == 3 else ""
+        raise ValueError(f"features of shape {features.shape}; {reader} reads [B, H, W, K]{hint}.")
 
 
 def _batch_norm(train: bool, name: str = "bn") -> nn.BatchNorm:

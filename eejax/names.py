@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eejax.models import msdnet
+from eejax.models import efficientnet, msdnet, resnet, vgg
 
 
 class Names(NamedTuple):
@@ -35,10 +35,9 @@ class Names(NamedTuple):
 
 def torchvision_resnet(depth: int) -> Names:
     """torchvision's `resnet18`, `34`, `50` for `resnet_imagenet` of that depth."""
-    groups = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-    if depth not in groups:
-        raise ValueError(f"a ResNet of depth {depth}; give {', '.join(map(str, groups))}.")
-    blocks = [f"layer{g}.{i}" for g, n in enumerate(groups[depth], 1) for i in range(n)]
+    if depth not in resnet.GROUPS:
+        raise ValueError(f"a ResNet of depth {depth}; give {', '.join(map(str, resnet.GROUPS))}.")
+    blocks = [f"layer{g}.{i}" for g, n in enumerate(resnet.GROUPS[depth], 1) for i in range(n)]
     return Names(
         ("", *blocks),
         ((r"downsample_(\d)", r"downsample.\1"), (r"^head\.classifier", "fc")),
@@ -81,7 +80,7 @@ def torchvision_mobilenet() -> Names:
 
 def torchvision_efficientnet(depth: float = 1.0) -> Names:
     """torchvision's `efficientnet_b0` to `b4`, for `efficientnet` of that factor on the depth."""
-    counts = [math.ceil(n * depth) for n in (1, 2, 2, 3, 3, 4, 1)]
+    counts = [math.ceil(repeats * depth) for _, _, repeats, _, _ in efficientnet.GROUPS]
     blocks = [f"features.{g}.{i}" for g, n in enumerate(counts, 1) for i in range(n)]
     return Names(
         ("features.0", *blocks, "features.8"),
@@ -179,11 +178,10 @@ def torchvision_vgg(depth: int, norm: bool = True) -> Names:
 
 def _vgg(depth: int, norm: bool) -> tuple[list[str], list[tuple[str, str]]]:
     """What both keep in one list, `features`: convolutions, norms, ReLUs and pooling by number."""
-    groups = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
-    if depth not in groups:
-        raise ValueError(f"a VGG of depth {depth}; give {', '.join(map(str, groups))}.")
+    if depth not in vgg.GROUPS:
+        raise ValueError(f"a VGG of depth {depth}; give {', '.join(map(str, vgg.GROUPS))}.")
     blocks, place = [], 0
-    for count in groups[depth]:
+    for count in vgg.GROUPS[depth]:
         for _ in range(count):
             blocks.append(f"features.{place}/{place + 1}")
             place += 3 if norm else 2

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
-Exits = Literal["all"] | int | Sequence[int] | Sequence[float] | None
+Exits = Literal["all"] | int | float | Iterable[int] | Iterable[float] | None
 
 
 def blocks_of(
@@ -22,7 +22,7 @@ def blocks_of(
         - shares of the whole network's multiply-accumulates, between 0 and 1: `(0.15, 0.3, 0.45)`.
           Each is the block at which a plain network would have spent the share most nearly (Kaya,
           Hong, Dumitras, *Shallow-deep networks*, ICML 2019, https://arxiv.org/abs/1810.07052,
-          take 15, 30, ... 90 %);
+          take 15, 30, ... 90 %). One share may stand alone;
         - a number: so many early exits, evenly spread over the blocks;
         - `"all"`: after every block;
         - None: three early exits evenly spread, fewer where there are not so many blocks.
@@ -30,45 +30,63 @@ def blocks_of(
       fractions: gives `[blocks]`, the share that is spent after each block; only asked for shares.
 
     Raises:
-      ValueError: positions that do not exist, that are out of order, or that fall together.
+      ValueError: positions that do not exist, that are out of order, or that fall together; or
+        anything else than the above.
     """
     if exits is None:
         exits = min(3, blocks - 1)
-    if isinstance(exits, str):
-        if exits != "all":
-            raise ValueError(f'exits {exits!r}; give "all", a number, block numbers or shares.')
+    if isinstance(exits, str) and exits == "all":
         return tuple(range(1, blocks + 1))
-    if isinstance(exits, float):
-        exits = (exits,)
-    if isinstance(exits, int):
-        if not 0 <= exits < blocks:
+    numbers = _numbers(exits)
+    if numbers.ndim == 0 and numbers.dtype.kind in "iu":
+        count = int(numbers)
+        if not 0 <= count < blocks:
             raise ValueError(
-                f"{exits} early exits for {blocks} blocks; give 0 to {blocks - 1}. The last exit "
+                f"{count} early exits for {blocks} blocks; give 0 to {blocks - 1}. The last exit "
                 "is not counted."
             )
-        return (*(int(blocks * k / (exits + 1) + 0.5) for k in range(1, exits + 1)), blocks)
-    if any(isinstance(e, float) for e in exits):
-        return (*_nearest([float(e) for e in exits], np.asarray(fractions())), blocks)
-    ends = [int(e) for e in exits]
-    if not ends or ends[-1] != blocks:
-        ends.append(blocks)
+        return (*(int(blocks * k / (count + 1) + 0.5) for k in range(1, count + 1)), blocks)
+    given = tuple(np.atleast_1d(numbers).tolist())
+    if numbers.dtype.kind == "f" and given:
+        if not all(0 < share < 1 for share in given):
+            raise ValueError(
+                f"exits {given}; shares lie between 0 and 1; block numbers are whole numbers."
+            )
+        return (*_nearest(given, np.asarray(fractions())), blocks)
+    ends = given if given and given[-1] == blocks else (*given, blocks)
     if any(b <= a for a, b in itertools.pairwise([0, *ends])) or ends[-1] > blocks:
         raise ValueError(
-            f"exits {tuple(exits)} for {blocks} blocks; give increasing numbers from 1 to {blocks}."
+            f"exits {given} for {blocks} blocks; give increasing numbers from 1 to {blocks}."
         )
-    return tuple(ends)
+    return ends
+
+
+def _numbers(exits: object) -> np.ndarray:
+    """`exits` as an array of whole numbers or of floats: one of them, or a list."""
+    values = exits
+    # An array without axes cannot be listed.
+    if isinstance(exits, Iterable) and not isinstance(exits, str) and getattr(exits, "ndim", 1):
+        values = list(exits)
+    try:
+        numbers = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        numbers = np.asarray(None)
+    # Among numbers, NumPy takes True for 1.
+    truths = isinstance(values, list) and any(isinstance(v, bool | np.bool_) for v in values)
+    if numbers.ndim > 1 or numbers.dtype.kind not in "iuf" or truths:
+        raise ValueError(f'exits {values!r}; give "all", a number, block numbers or shares.')
+    return numbers
 
 
 def _nearest(shares: Sequence[float], fractions: np.ndarray) -> list[int]:
     """The block, 1-based, that ends nearest to each share."""
     ends = [int(np.abs(fractions - share).argmin()) + 1 for share in shares]
-    inside = all(0 < share < 1 for share in shares)
-    if not inside or any(b <= a for a, b in itertools.pairwise([0, *ends, len(fractions)])):
+    if any(b <= a for a, b in itertools.pairwise([0, *ends, len(fractions)])):
         pairs = zip(shares, ends, strict=True)
         found = ", ".join(f"{share:g} at block {end}" for share, end in pairs)
         after = ", ".join(f"{f:.3f}" for f in fractions)
         raise ValueError(
-            f"shares {found}; give increasing shares between 0 and 1 that fall to different blocks "
-            f"before the last. The blocks end at {after}."
+            f"shares {found}; give increasing shares that fall to different blocks before the "
+            f"last. The blocks end at {after}."
         )
     return ends

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import jaxpr_as_fun
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 
 from eejax import tracing
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, PyTree, Variables
@@ -46,8 +46,9 @@ def cut_named(
     Raises:
       ValueError: as for `stages`.
     """
+    parts = stages(module, at, image)
     early = tuple(on_value(heads(e)) for e in range(len(at)))
-    return EarlyExitNetwork(stages(module, at, image), (*early, LAST))
+    return EarlyExitNetwork(parts, (*early, LAST))
 
 
 def stages(module: Module, at: Sequence[str], image: jax.ShapeDtypeStruct) -> tuple[Module, ...]:
@@ -65,9 +66,12 @@ def stages(module: Module, at: Sequence[str], image: jax.ShapeDtypeStruct) -> tu
       image: shape and dtype of one image, without the batch.
 
     Raises:
-      ValueError: a name that is not there, is there twice or is out of order; a variable that two
-        stages read; a value without batch axis that would have to cross a cut.
+      ValueError: one string for the names; a name that is not there, is there twice or is out of
+        order; a variable that two stages read, that is boxed, or of another collection than params
+        and batch_stats; a value without batch axis that would have to cross a cut.
     """
+    if isinstance(at, str):
+        raise ValueError(f"one string, {at!r}, for the names to cut at; give a list: [{at!r}].")
     model = _Model(module, tuple(at), image)
     return tuple(model.stage(k) for k in range(len(at) + 1))
 
@@ -110,11 +114,12 @@ def graft(variables: Variables, original: Variables) -> Variables:
 
     Args:
       variables: of the network, as its `init` gives. The heads keep theirs.
-      original: the model's own: a nested dict for each collection.
+      original: the model's own: a nested dict for each collection. Floats of another dtype become
+        the network's.
 
     Raises:
-      ValueError: leaves that the model lacks, that nothing in the network takes, or of another
-        shape or dtype.
+      ValueError: leaves that the model lacks, that nothing in the network takes, of another shape,
+        or of another dtype where either is no float.
     """
     given = dict(_leaves(original))
     stages = {c: tree["stages"] for c, tree in variables.items()}
@@ -130,6 +135,9 @@ def graft(variables: Variables, original: Variables) -> Variables:
 
     def take(path: Any, own: Any) -> Any:
         new = given[_leaf(path)]
+        floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (new, own))
+        if floats and new.shape == own.shape and new.dtype != own.dtype:
+            return jnp.asarray(new.astype(own.dtype))
         if kind(new) != kind(own):
             raise ValueError(
                 f"{'/'.join(_leaf(path))} is {kind(new)} in the model and {kind(own)} in the "
@@ -284,14 +292,20 @@ def _leaf(path: Sequence[Any]) -> tuple[str, ...]:
 
 def _checked(path: Sequence[Any]) -> tuple[str, ...]:
     """`_leaf` of a model's variable."""
+    if isinstance(path[0], DictKey) and path[0].key not in ("params", "batch_stats"):
+        raise ValueError(
+            f"a collection {path[0].key!r} of variables; only params and batch_stats are carried. "
+            'A Linen module may sow into "intermediates" what is only looked at.'
+        )
+    if any(isinstance(p, GetAttrKey) for p in path):
+        raise ValueError(
+            f"{'/'.join(_leaf(path))} is in a box, as flax.linen.with_partitioning makes them; "
+            "take variables out of their boxes where they are made, by nn.unbox."
+        )
     if not all(isinstance(p, DictKey) and isinstance(p.key, str) for p in path):
         raise ValueError(
             f"a variable at {jax.tree_util.keystr(tuple(path))}; give nested dicts with keys of "
             "type str."
-        )
-    if path[0].key not in ("params", "batch_stats"):
-        raise ValueError(
-            f"a collection {path[0].key!r} of variables; only params and batch_stats are carried."
         )
     return _leaf(path)
 

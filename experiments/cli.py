@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from experiments.config import Config, check, to_json
+from experiments.config import Config, NetworkConfig, check, to_json
 from experiments.data import resolve
 
 Made = TypeVar("Made")
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     early.add_argument("--workdir", type=Path)
     early.add_argument("--resume", action="store_true")
     early.add_argument("--data.name", dest="name")
+    early.add_argument("--network.name", dest="family")
     early.error = _raise  # type: ignore[method-assign]
     known, _ = early.parse_known_args([a for a in argv if a not in ("-h", "--help")])
 
@@ -64,9 +65,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         stored = read_run(known.workdir)["config"]
         defaults = Arguments(workdir=known.workdir, resume=True, run=from_json(Config, stored))
     elif known.config is not None:
-        defaults = Arguments(config=known.config, run=load_config(known.config))
+        defaults = Arguments(
+            config=known.config, run=of_family(load_config(known.config), known.family)
+        )
     else:
-        defaults = Arguments()
+        defaults = Arguments(run=of_family(Config(), known.family))
     arguments = _tyro(argv, defaults)
 
     if known.resume:
@@ -79,7 +82,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     asked = arguments.run.data.name
     name = resolve(arguments.run.data)
     if known.config is None:
-        arguments = _tyro(argv, Arguments(run=load_config(CONFIGS / f"{name}.py")))
+        own = of_family(load_config(CONFIGS / f"{name}.py"), known.family)
+        arguments = _tyro(argv, Arguments(run=own))
         check(arguments.run)
         # "auto" stays, so that loading the images can say that they are a fall-back.
         images = dataclasses.replace(arguments.run.data, name=asked)
@@ -111,6 +115,20 @@ def load_config(path: Path, kind: type[Made] = Config) -> Made:
         wanted = f"{kind.__module__}.{kind.__name__}"
         raise ValueError(f"--config {path}: it defines no `config`, an {wanted}.")
     return config
+
+
+def of_family(run: Made, family: str | None) -> Made:
+    """The configuration, a `Config` or a `Comparison`, for another family of networks.
+
+    What a file says of the network is meant for its own: 64 channels there would be a factor of 64
+    elsewhere. So another family begins with its own depth, width and exits.
+    """
+    given: Any = run
+    if family is None or family == given.network.name:
+        return run
+    network = NetworkConfig(name=family, gate=given.network.gate, dtype=given.network.dtype)
+    train = dataclasses.replace(given.train, exit_weights=())
+    return dataclasses.replace(given, network=network, train=train)
 
 
 def read_run(workdir: Path) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     early.add_argument("--config", type=Path)
     early.add_argument("--workdir", type=Path)
     early.add_argument("--resume", action="store_true")
+    early.add_argument("--network.name", dest="family")
     try:
         known, _ = early.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     except argparse.ArgumentError as error:
@@ -59,14 +60,14 @@ def parse(argv: Sequence[str]) -> Arguments:
         stored = cli.read_run(known.workdir)["config"]
         start = cli.from_json(Comparison, stored)
     elif known.config is not None:
-        start = cli.load_config(known.config, Comparison)
+        start = cli.of_family(cli.load_config(known.config, Comparison), known.family)
     else:
-        start = Comparison()
+        start = cli.of_family(Comparison(), known.family)
     arguments = _tyro(argv, start)
     asked = arguments.run.data.name
     name = resolve(arguments.run.data)
     if not known.resume and known.config is None:
-        arguments = _tyro(argv, _default(name))
+        arguments = _tyro(argv, cli.of_family(_default(name), known.family))
     # The data set's name, unless "auto" has to tell that this is a fall-back.
     fell_back = asked == "auto" and name == "digits"
     images = dataclasses.replace(arguments.run.data, name="auto" if fell_back else name)

@@ -58,8 +58,8 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     """Reads the images and opens the directory.
 
     Raises:
-      ValueError, OSError: the data cannot be had or do not fit the configuration, or the directory
-        cannot be written; one line.
+      ValueError, OSError: the data cannot be had or do not fit the configuration, a network cannot
+        be made for them, or the directory cannot be written; one line.
     """
     console = Console(soft_wrap=True)
     config, workdir = arguments.run, arguments.workdir
@@ -72,6 +72,8 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     ):
         if len(images) < batch:
             raise ValueError(f"{name}: {batch} for {len(images)} images; give a smaller batch.")
+    for cell in compare_cells.cells(config):  # made here, so that a mistake is no failed training
+        compare_cells.network(cell.network, cell.ends_at, cell.data)
     facts = {
         "dataset": dataset.name,
         "data_source": dataset.source,

@@ -78,7 +78,7 @@ class NetworkConfig:
     def words(self) -> str:
         """What it is, on a line, as far as it was given."""
         given = (
-            ("", self.depth),
+            ("depth ", self.depth),
             ("width ", self.width),
             ("exits ", self.exits and " ".join(map(str, self.exits))),
         )
@@ -88,7 +88,7 @@ class NetworkConfig:
     @property
     def blocks(self) -> int:
         """Blocks of the backbone."""
-        if self.name == "fast" and not self.options:
+        if self.name == "fast" and self.depth is None and not self.options:
             return 5
         if self.name == "resnet" and not self.options:
             return ((self.depth or 56) - 2) // 2

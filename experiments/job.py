@@ -16,6 +16,7 @@ from rich.panel import Panel
 from eejax import cost, metrics
 from eejax.compaction import compact
 from eejax.inference import cond
+from eejax.network import EarlyExitNetwork
 from eejax.policies import with_temperatures
 from eejax.routing import collect, route
 from eejax.thresholds import for_budget
@@ -34,12 +35,14 @@ class Prepared(NamedTuple):
 
     Attributes:
       dataset: its splits.
+      network: reads its images.
       workdir: a directory that holds `config.json`.
       facts: what the report opens with: data set, device, versions, seed, command, date.
       console: where everything is shown.
     """
 
     dataset: data.Dataset
+    network: EarlyExitNetwork
     workdir: Path
     facts: dict[str, Any]
     console: Console
@@ -49,8 +52,8 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     """Reads the images and opens the run's directory.
 
     Raises:
-      ValueError, OSError: the data cannot be had or do not fit the configuration, or the directory
-        cannot be written; one line.
+      ValueError, OSError: the data cannot be had or do not fit the configuration, no such network
+        can be made for them, or the directory cannot be written; one line.
     """
     console = Console(soft_wrap=True)
     config = arguments.run
@@ -61,10 +64,11 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
             f"train.batch: {config.train.batch} for {len(dataset.train.images)} training images; "
             "give a smaller batch."
         )
+    network = build.network(config.network, dataset)
     workdir, facts = _begin(arguments, argv, dataset)
     if facts["notice"]:
         console.print(Panel(facts["notice"], title="NOTICE", style="bold yellow"))
-    return Prepared(dataset, workdir, facts, console)
+    return Prepared(dataset, network, workdir, facts, console)
 
 
 def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
@@ -76,10 +80,9 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
       loop.Stopped: a signal came; the state is saved.
     """
     config = arguments.run
-    dataset, workdir, facts, console = prepared
+    dataset, network, workdir, facts, console = prepared
 
-    # The network and what it costs.
-    network = build.network(config.network, dataset)
+    # What the network costs.
     key = jax.random.key(config.seed)
     image = jnp.asarray(dataset.train.images[:1])
     shapes = jax.eval_shape(network.init, key, image)

@@ -31,16 +31,22 @@ def network(config: NetworkConfig, classes: int, image: Sequence[int]) -> EarlyE
     arguments: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     for option in config.options:
         name, _, value = option.partition("=")
+        if name in ("depth", "width") or name in arguments:
+            raise ValueError(f"network.options: {option}; give it as --network.{name}.")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[name] = value
-    taken = [name for name in inspect.signature(build).parameters if name not in _OURS]
-    for name in arguments:
+    signature = inspect.signature(build).parameters
+    taken = [name for name in signature if name not in _OURS]
+    for name, value in arguments.items():
         if name not in taken:
             raise ValueError(
                 f"network.{name}: the family {config.name} takes none; it takes {', '.join(taken)}."
             )
+        wanted = type(signature[name].default)
+        if wanted in _FITTING and type(value) not in _FITTING[wanted]:
+            raise ValueError(f"network.{name}: {value!r}; give {_WORDS[wanted]}.")
     common = {
         "image": tuple(image),
         "gate": "features" if config.gate else None,
@@ -50,6 +56,15 @@ def network(config: NetworkConfig, classes: int, image: Sequence[int]) -> EarlyE
 
 
 _OURS = ("classes", "image", "head", "gate", "dtype")
+# What may stand for a default of each type.
+_FITTING = {int: (int,), float: (int, float), str: (str,), bool: (bool,), tuple: (tuple, list)}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    bool: "True or False",
+    tuple: "numbers with commas between them",
+}
 
 
 @functools.cache
@@ -59,8 +74,9 @@ def counts(config: NetworkConfig) -> tuple[int, int]:
     Raises:
       ValueError: as `network`.
     """
-    # Neither depends on classes or images; images of this size suit every family.
-    image = (224, 224, 3)
+    # Neither depends on classes or images. This side is a multiple of most patches, and no array is
+    # made of it; the images themselves are checked once they are known.
+    image = (3360, 3360, 3)
     options = tuple(o for o in config.options if not o.startswith("exits="))
     everywhere = dataclasses.replace(config, exits=None, options=(*options, "exits=all"))
     blocks = network(everywhere, 10, image).num_exits
@@ -70,7 +86,16 @@ def counts(config: NetworkConfig) -> tuple[int, int]:
 
 
 def narrowed(config: NetworkConfig, share: float) -> float:
-    """That share of the network's width: whole channels, at least one, or a factor."""
+    """That share of the network's width: whole channels, at least one, or a factor.
+
+    Raises:
+      ValueError: the family's width follows from something else, and none is given.
+    """
     own = inspect.signature(FAMILIES[config.name].build).parameters["width"].default
     width = own if config.width is None else config.width
+    if width is None:
+        raise ValueError(
+            f"static.widths: {config.name} has no width of its own; give --network.width, or "
+            "--static.widths without a number."
+        )
     return share * width if isinstance(own, float) else max(round(share * width), 1)

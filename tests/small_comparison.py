@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -10,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from eejax import ensembles, policies, thresholds
@@ -45,18 +43,6 @@ FLAGS = [
     *("--timing.batch", "64", "--timing.repeats", "2", "--timing.keep-exits", "2", "1e-4"),
     *("--drift.images", "60", "--drift.severities", "3", "--drift.kinds", "noise", "contrast"),
 ]
-
-
-@contextlib.contextmanager
-def quick_to_compile() -> Iterator[None]:
-    """Compiling is most of what a small comparison takes."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
 
 
 def run(workdir: Path, *flags: str) -> int:

@@ -1,7 +1,5 @@
 """Models of Flax Linen, of NNX and of plain functions get exits without being written for them."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -149,7 +147,7 @@ def test_the_last_exit_is_the_model_and_can_be_trained(build):
         logits, stats = model({**original, "params": params}, images, train)
         return (logits**2).sum(), (logits, stats)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+    @jax.jit
     def both():
         return [
             (of_network(variables["params"], False), of_model(original["params"], False)),
@@ -324,6 +322,10 @@ def test_an_nnx_network_starts_from_the_model_and_gives_back_what_it_learned(tmp
     exported = jax.export.export(plain, platforms=["cpu"])(variables, images_of(3))
     loaded = jax.export.deserialize(exported.serialize())
     assert_close(loaded.call(variables, images_of(3)), plain(variables, images_of(3)))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), learned)
+    update_nnx(model, narrow)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    jax.tree.map(np.testing.assert_array_equal, nnx_variables(model), whole(wide))
     other = jax.eval_shape(
         cut_linen(ResNet(), (), head, IMAGE).init, jax.random.key(0), images_of(1)
     )

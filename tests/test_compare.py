@@ -20,7 +20,6 @@ from small_comparison import (
     as_numbers,
     cascades,
     networks,
-    quick_to_compile,
     read,
     row_of,
     scored,
@@ -32,12 +31,6 @@ from eejax.routing import fingerprints, route
 from experiments import compare_cells, compare_decide, data
 from experiments.compare_choose import Settings, Subject
 from experiments.compare_cli import parse
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    with quick_to_compile():
-        yield
 
 
 @pytest.fixture(scope="module")

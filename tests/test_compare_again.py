@@ -17,7 +17,6 @@ from small_comparison import (
     SEEDS,
     as_numbers,
     networks,
-    quick_to_compile,
     read,
     row_of,
     run,
@@ -34,12 +33,6 @@ from experiments import (
     compare_timing,
     report,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    with quick_to_compile():
-        yield
 
 
 @pytest.fixture(scope="module")

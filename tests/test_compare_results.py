@@ -24,18 +24,11 @@ from small_comparison import (
     cascades,
     fitted,
     networks,
-    quick_to_compile,
     read,
     row_of,
 )
 
 from eejax.routing import Trace, read_trace, route, score
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_compile():
-    with quick_to_compile():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fill
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -115,13 +116,10 @@ def test_converted_weights_give_the_logits_of_the_reference(name):
     network, table = CONVERTED[name](record["image"])
     images = fill.images(record["image"])
     variables = convert.load(empty(network, images), fill.weights(record["shapes"]), table)
-    # Compiling is most of the time; LLVM's part of it is not what is tested.
-    options = {"xla_backend_optimization_level": "0"}
     if table.exits:
-        run = jax.jit(lambda v, x: network.apply_all(v, x)[0].logits, compiler_options=options)
-        logits = run(variables, images)
+        logits = jax.jit(lambda v, x: network.apply_all(v, x)[0].logits)(variables, images)
     else:
-        logits = jax.jit(network.apply_plain, compiler_options=options)(variables, images)[None]
+        logits = jax.jit(network.apply_plain)(variables, images)[None]
     expected = np.array(record["logits"], np.float32)
     assert expected.std() > 0.1
     np.testing.assert_allclose(logits[..., : expected.shape[-1]], expected, atol=1e-4, rtol=1e-4)
@@ -173,6 +171,7 @@ def little():
 def test_early_heads_stay_and_everything_else_is_taken(little):
     start, arrays, table = little
     found = convert.load(start, arrays, table)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
     for e in (0, 1):
         for leaf in jax.tree.leaves(found["params"]["heads"][e]):
             assert (leaf == 7).all()
@@ -211,11 +210,48 @@ def test_a_file_of_safetensors_gives_what_its_arrays_do(little, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, convert.load(start, arrays, table))
 
 
-def test_halves_are_read_into_float32(little):
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
+def test_other_floats_are_read_into_float32(little, tmp_path, dtype):
     start, arrays, table = little
-    halves = {name: value.astype(np.float16) for name, value in arrays.items()}
-    found = convert.load(start, halves, table)
+    others = {name: value.astype(dtype) for name, value in arrays.items()}
+    safetensors.numpy.save_file(others, tmp_path / "w.safetensors")
+    found = convert.load(start, tmp_path / "w.safetensors", table)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+    exact = {name: value.astype(np.float32) for name, value in others.items()}
+    jax.tree.map(np.testing.assert_array_equal, found, convert.load(start, exact, table))
+
+
+def test_integers_are_no_weights(little):
+    start, arrays, table = little
+    more = {
+        "bn1.num_batches_tracked": np.array(3),
+        "layer1.relative_position_index": np.zeros((4, 4), np.int64),
+        "mask": np.ones(3, bool),
+    }
+    found = convert.load(start, {**arrays, **more}, table)
+    jax.tree.map(np.testing.assert_array_equal, found, convert.load(start, arrays, table))
+
+
+def test_module_before_every_name_is_taken_off_and_another_prefix_is_named(little):
+    start, arrays, table = little
+    parallel = {f"module.{name}": value for name, value in arrays.items()}
+    found = convert.load(start, parallel, table)
+    jax.tree.map(np.testing.assert_array_equal, found, convert.load(start, arrays, table))
+    inside = {f"model.net.{name}": value for name, value in arrays.items()}
+    with pytest.raises(ValueError, match=r"'model\.net\.' before every name.*removeprefix"):
+        convert.load(start, inside, table)
+    # Without it they would still not fit, and it is not what is wrong.
+    del inside["model.net.conv1.weight"]
+    with pytest.raises(ValueError, match="weights of another network"):
+        convert.load(start, inside, table)
+
+
+def test_positions_of_another_image_size_say_so():
+    record = recorded("vit_small_torchvision")
+    network, table = CONVERTED["vit_small_torchvision"]((32, 48, 3))
+    start = empty(network, np.zeros((1, 32, 48, 3), np.float32))
+    with pytest.raises(ValueError, match=r"\(1, 17, 96\) there.*for the image size that it was"):
+        convert.load(start, fill.weights(record["shapes"]), table)
 
 
 @pytest.mark.parametrize("change", ["missing", "left", "shape", "blocks"])

@@ -28,8 +28,6 @@ NAMES = list(toys.POLICIES)
 PROGRAMS = ((1, 5), (2, 1), (2, 16), (4, 7), (5, 33), (3, 70), (3, 2))
 SAMPLES = 72
 CLOSE = 1e-5
-# Compiling is most of these tests' time; LLVM's part of it is not what is tested.
-QUICK = {"xla_backend_optimization_level": "0"}
 
 
 def names_in(program_number):
@@ -64,7 +62,7 @@ def program(exits, batch):
             for name, executor in EXECUTORS.items()
         }
 
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 def expected(exits, name, variables, images, draw_thresholds):
@@ -174,7 +172,7 @@ def test_executors_agree_for_a_policy_by_itself(name):
     network = toys.shared_network(exits)
     variables = toys.variables(network, 3)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(variables, thresholds, images, count):
         policy = toys.POLICIES[name]
         return [

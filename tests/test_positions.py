@@ -1,5 +1,6 @@
 """Where exits sit, and what a network that is cut there consists of."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -11,6 +12,8 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from eejax.adapters import cut
+from eejax.models.resnet import resnet
+from eejax.models.vgg import vgg
 from eejax.network import ExitOutput
 from eejax.positions import blocks_of
 
@@ -25,12 +28,21 @@ def not_asked():
         ((2, 5), 8, (2, 5, 8)),
         ([2, 5, 8], 8, (2, 5, 8)),
         (np.array([2, 5]), 8, (2, 5, 8)),
+        ((e for e in (2, 5)), 8, (2, 5, 8)),
+        ((np.int32(2), 5), 8, (2, 5, 8)),
+        (np.array([2, 8], np.uint8), 8, (2, 8)),
+        (jnp.array([2, 5]), 8, (2, 5, 8)),
         ((), 8, (8,)),
+        ([], 8, (8,)),
+        (np.array([]), 8, (8,)),
+        (iter(()), 8, (8,)),
         ((1,), 1, (1,)),
         (0, 8, (8,)),
         (1, 8, (4, 8)),
         (3, 12, (3, 6, 9, 12)),
         (2, 4, (1, 3, 4)),
+        (np.int64(3), 12, (3, 6, 9, 12)),
+        (np.array(3), 12, (3, 6, 9, 12)),
         (7, 8, (1, 2, 3, 4, 5, 6, 7, 8)),
         ("all", 4, (1, 2, 3, 4)),
         ("all", 1, (1,)),
@@ -69,8 +81,21 @@ def test_so_many_exits_are_spread_evenly():
         ((8, 3), "from 1 to 8"),
         (8, "8 early exits for 8 blocks; give 0 to 7"),
         (-1, "-1 early exits"),
+        (np.int64(8), "8 early exits"),
         ("every", "'every'"),
         ("", '"all"'),
+        (True, 'exits True; give "all"'),
+        (np.True_, 'give "all"'),
+        ((True, False), 'give "all"'),
+        ((True, 5), r'exits \[True, 5\]; give "all"'),
+        ((2, "5"), 'give "all"'),
+        (("all",), 'give "all"'),
+        ((2, None), 'give "all"'),
+        (({2}, 5), 'give "all"'),
+        (((2, 5), (3,)), 'give "all"'),
+        (((2, 5), (3, 6)), 'give "all"'),
+        (1j, 'give "all"'),
+        (object(), 'give "all"'),
     ],
 )
 def test_exits_that_do_not_exist_are_refused(exits, said):
@@ -89,6 +114,11 @@ FRACTIONS = (0.1, 0.3, 0.5, 0.9, 0.95)
         ((0.01, 0.42, 0.75), (1, 3, 4, 5)),
         ((0.15, 0.71), (1, 4, 5)),
         (np.array([0.1, 0.5]), (1, 3, 5)),
+        (np.array([0.1, 0.5], np.float32), (1, 3, 5)),
+        ((np.float32(0.1), np.float64(0.5)), (1, 3, 5)),
+        (np.float32(0.3), (2, 5)),
+        (np.array(0.3), (2, 5)),
+        ((share / 10 for share in (1, 5)), (1, 3, 5)),
     ],
 )
 def test_shares_are_met_by_the_nearest_block(shares, ends):
@@ -105,6 +135,10 @@ def test_shares_are_met_by_the_nearest_block(shares, ends):
         ((0.5, 1.0), "between 0 and 1"),
         ((-0.1,), "between 0 and 1"),
         ((15.0, 30.0), "between 0 and 1"),
+        ((2.0, 5.0), r"exits \(2\.0, 5\.0\); shares lie between 0 and 1; block numbers are whole"),
+        (np.array([2.0, 5.0], np.float32), "block numbers are whole numbers"),
+        (2.0, "block numbers are whole numbers"),
+        ((True, 0.5), 'give "all"'),
         ((float("nan"),), "between 0 and 1"),
         ((0.3, 3), "between 0 and 1"),
         ((0.3, 0.31), r"end at 0\.100, 0\.300, 0\.500, 0\.900, 0\.950"),
@@ -172,6 +206,25 @@ def test_the_shares_of_kaya_fall_where_their_exits_are(costs, published):
     shares = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
     fractions = np.cumsum(costs) / np.sum(costs)
     assert blocks_of(shares, len(costs), lambda: fractions) == published
+
+
+@pytest.mark.parametrize(
+    ("network", "published"),
+    [
+        (functools.partial(vgg, 10, depth=16), (2, 4, 6, 7, 9, 10)),
+        (functools.partial(resnet, 10, depth=56), (4, 8, 12, 16, 20, 24)),
+    ],
+)
+def test_so_they_do_in_the_families_themselves(network, published):
+    """Whose multiply-accumulates are counted, without products with zero padding."""
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+    def paths(exits):
+        shapes = jax.eval_shape(network(exits=exits).init, jax.random.key(0), image)
+        leaves = jax.tree_util.tree_leaves_with_path(shapes["params"]["stages"])
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+    assert paths((0.15, 0.3, 0.45, 0.6, 0.75, 0.9)) == paths(published)
 
 
 class Layer(nn.Module):

@@ -1,6 +1,5 @@
 """Models cut at named values: the same answers, and each prefix only what it needs."""
 
-import functools
 from typing import Any
 
 import hypothesis
@@ -43,7 +42,7 @@ def test_the_last_exit_is_the_model(train, dtype):
         logits, stats = convnet(dtype).apply({**original, "params": params}, images, train=train)
         return (logits.astype(jnp.float32) ** 2).sum(), (logits, stats)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+    @jax.jit
     def both():
         return (
             jax.grad(of_network, has_aux=True)(variables["params"]),
@@ -291,8 +290,7 @@ def test_executors_agree_with_the_reference():
         each = (cond, compact, spread)
         return [e(network, max_prob, variables, thresholds, images, None) for e in each]
 
-    compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": "0"})
-    for found in compiled(variables, thresholds, images):
+    for found in jax.jit(run)(variables, thresholds, images):
         np.testing.assert_array_equal(found.exits[clear], routed.exits[clear])
         np.testing.assert_allclose(found.logits[clear], routed.logits[clear], rtol=1e-4, atol=1e-4)
 
@@ -360,3 +358,15 @@ def test_grafting_leaves_the_heads_alone():
     )
     assert network.heads[-1] is LAST
     assert isinstance(network, EarlyExitNetwork)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
+def test_floats_of_another_dtype_are_grafted_in_the_networks(dtype):
+    network, variables, original = cut_convnet(jnp.float32)
+    params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), original["params"])
+    grafted = graft(variables, {**original, "params": params})
+    leaves = jax.tree.leaves(grafted["params"]["stages"])
+    assert {(type(x), x.dtype) for x in leaves} == {(type(jnp.ones(())), jnp.dtype(jnp.float32))}
+    exact = jax.tree.map(lambda x: x.astype(np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, whole(grafted)["params"], exact)
+    jax.eval_shape(network.apply_plain, grafted, images_of(2))

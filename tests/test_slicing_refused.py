@@ -1,5 +1,6 @@
 """What cannot be cut says so: which value or variable, between which stages, and what to do."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +8,20 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name as named
 from sliced import (
+    CLASSES,
+    IMAGE,
     VECTOR,
+    assert_close,
     cut_convnet,
     dense,
     dense_model,
+    drawn,
     images_of,
     linear_head,
 )
 
 from eejax import Module
+from eejax.adapters import cut_linen
 from eejax.slicing import cut_named, graft, stages
 
 
@@ -132,6 +138,12 @@ def test_variables_are_nested_dicts_of_two_collections(variables, message):
         stages(Module(lambda key, x: variables, apply), ["x"], VECTOR)
 
 
+def test_one_string_is_no_list_of_names():
+    model = dense_model(lambda v, x, train: dense(v, "b", named(dense(v, "a", x), "x")), "a", "b")
+    with pytest.raises(ValueError, match=r"one string, 'x', .*; give a list: \['x'\]"):
+        cut_named(model, "x", linear_head, VECTOR)
+
+
 def test_images_and_variables_of_another_kind_are_refused():
     network, variables, _ = cut_convnet(jnp.float32)
     with pytest.raises(ValueError, match=r"images float32\[2, 8, 8, 3\]; .*\[2, 8, 8, 2\]"):
@@ -151,6 +163,14 @@ def test_images_and_variables_of_another_kind_are_refused():
         (
             lambda p: p.update(head={"w": np.ones((2, 2), np.float32)}),
             r"params/head/w is float32\[2, 2\] in the model and float32\[8, 4\] in the network",
+        ),
+        (
+            lambda p: p.update(head={"w": np.ones((2, 2), np.float16)}),
+            r"params/head/w is float16\[2, 2\] in the model and float32\[8, 4\] in the network",
+        ),
+        (
+            lambda p: p.update(head={"w": np.ones((8, 4), np.int8)}),
+            r"params/head/w is int8\[8, 4\] in the model and float32\[8, 4\] in the network",
         ),
     ],
 )
@@ -187,3 +207,42 @@ def test_what_depends_on_the_number_of_images_is_refused():
     assert network.apply_plain(variables, images_of(3, VECTOR)).shape == (3, 4)
     with pytest.raises(ValueError, match="with 4 images other values cross the cuts than with 2"):
         network.apply_plain(variables, images_of(4, VECTOR))
+
+
+def weights(key, shape, dtype=jnp.float32):
+    return drawn(key, 0, *shape).astype(dtype)
+
+
+class Sowing(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        self.sow("losses", "size", (x**2).sum())
+        return nn.Dense(CLASSES, kernel_init=weights)(x.reshape(len(x), -1))
+
+
+class Partitioned(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        init = nn.with_partitioning(weights, (None, "model"))
+        x = nn.Dense(4, kernel_init=init, name="first")(x.reshape(len(x), -1))
+        return nn.Dense(CLASSES, kernel_init=weights)(x)
+
+
+def test_sown_losses_and_partitioned_parameters_say_what_they_are():
+    with pytest.raises(ValueError, match=r"'losses' of variables; .* sow into \"intermediates\""):
+        cut_linen(Sowing(), [], linear_head, IMAGE)
+    with pytest.raises(ValueError, match=r"params/first/kernel is in a box.*nn\.unbox"):
+        cut_linen(Partitioned(), ["first"], linear_head, IMAGE)
+
+
+def test_a_partitioned_model_is_cut_unboxed_as_the_page_says():
+    model = Partitioned()
+    pair = Module(
+        lambda key, x: nn.unbox(model.init(key, x, False)),
+        lambda variables, x, train: (model.apply(variables, x, train), {}),
+    )
+    network = cut_named(pair, [], linear_head, IMAGE)
+    trained = jax.jit(lambda key: model.init(key, images_of(1), False))(jax.random.key(1))
+    variables = graft(network.init(jax.random.key(0), images_of(1)), trained)
+    found = network.apply_plain(variables, images_of(2))
+    assert_close(found, model.apply(trained, images_of(2), False))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eejax.models import FAMILIES
-from experiments import cli, models, zoo
+from experiments import cifar, cli, compare_cli, models, zoo
 from experiments.config import Config, NetworkConfig, check
 
 DOCS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
@@ -17,12 +17,12 @@ def test_a_family_takes_what_is_given_and_has_its_own_defaults():
     assert (network.blocks, network.num_exits) == (13, 3)
     assert zoo.network(network, 7, (32, 32, 3)).num_exits == 3
     assert NetworkConfig(name="vgg", depth=11).num_exits == 4
-    assert NetworkConfig(name="vit", options=("depth=3", "exits=all")).num_exits == 3
+    assert NetworkConfig(name="vit", depth=3, options=("exits=all",)).num_exits == 3
     assert NetworkConfig(name="mobilenet", exits=(0.2, 0.5)).num_exits == 3
     assert NetworkConfig(name="resnet", depth=20).num_exits == 4
     assert NetworkConfig(name="isotropic", depth=3).num_exits == 3
     assert NetworkConfig().num_exits == 4
-    deep = zoo.network(NetworkConfig(name="vit", options=("size=S", "depth=2")), 3, (8, 8, 1))
+    deep = zoo.network(NetworkConfig(name="vit", depth=2, options=("size=S",)), 3, (8, 8, 1))
     assert deep.num_exits == 2
 
 
@@ -30,11 +30,12 @@ def test_numbers_that_are_whole_are_block_numbers(monkeypatch, tmp_path):
     flags = ["--data.name", "digits", "--network.name", "resnet", "--network.depth", "20"]
     run = cli.parse([*flags, "--network.exits", "2", "4", "--network.width", "8"]).run
     assert run.network.exits == (2, 4)
-    assert (type(run.network.exits[0]), run.network.width) == (int, 8)
+    assert [type(e) for e in run.network.exits or ()] == [int, int]
+    assert run.network.width == 8
     run = cli.parse([*flags, "--network.exits", "0.25", "0.5"]).run
     assert run.network.exits == (0.25, 0.5)
     assert run.network.num_exits == 3
-    assert run.network.words == "resnet, 20, width 16, exits 0.25 0.5, float32"
+    assert run.network.words == "resnet, depth 20, exits 0.25 0.5, float32"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,13 @@ def test_numbers_that_are_whole_are_block_numbers(monkeypatch, tmp_path):
         (NetworkConfig(name="vgg", depth=12), "a VGG depth of 12; give 11, 13, 16"),
         (NetworkConfig(name="fast", exits=(0.2, 2)), "block numbers from 1 to 5, or shares"),
         (NetworkConfig(width=0), r"network\.width"),
+        (NetworkConfig(depth=3), r"network\.depth: the family fast takes none"),
+        (NetworkConfig(name="vit", options=("width=32",)), "give it as --network.width"),
+        (NetworkConfig(name="vit", exits=(1,), options=("exits=all",)), "as --network.exits"),
+        (
+            NetworkConfig(name="vit", options=("patch=x",)),
+            "network.patch: 'x'; give a whole number",
+        ),
         (NetworkConfig(name="msdnet", options=("exits=40",)), "0 to 15"),
     ],
 )
@@ -55,10 +63,43 @@ def test_a_network_that_cannot_be_is_refused_before_anything_slow(network, said)
         check(Config(network=network))
 
 
+def test_another_family_begins_with_its_own_depth_width_and_exits():
+    own = NetworkConfig()
+    for argv in (["--data.name", "digits"], ["--config", str(cli.CONFIGS / "digits.py")]):
+        for name in FAMILIES:
+            run = cli.parse([*argv, "--network.name", name]).run
+            found = (run.network.depth, run.network.width, run.network.exits)
+            if name == "fast":  # what the configuration of the digits is about
+                assert found == (None, 16, (1, 2, 3))
+            else:
+                assert found == (own.depth, own.width, own.exits) == (None, None, None)
+                assert run.train.exit_weights == ()
+    run = compare_cli.parse(["--data.name", "digits", "--network.name", "vit"]).run
+    assert run.network.width is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--network.name", "vgg"], "images of 8x8"),
+        (["--network.name", "vit", "--network.options", "patch=3"], "images of 8x8"),
+        (["--network.name", "resnet", "--network.width", "8.5"], "give a whole number"),
+        (["--network.exits", "0.31", "0.32"], "different blocks"),
+    ],
+)
+def test_a_network_that_the_images_do_not_suit_is_one_line(flags, said, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert cifar.main(["--data.name", "digits", "--workdir", str(workdir), *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not workdir.exists()
+
+
 def test_a_narrower_network_has_whole_channels_or_a_smaller_factor():
     assert zoo.narrowed(NetworkConfig(name="fast", width=10), 0.25) == 2
     assert zoo.narrowed(NetworkConfig(name="resnet"), 0.01) == 1
     assert zoo.narrowed(NetworkConfig(name="mobilenet"), 0.25) == 0.25
+    with pytest.raises(ValueError, match=r"static\.widths.*--network\.width"):
+        zoo.narrowed(NetworkConfig(name="vit"), 0.5)
 
 
 def test_the_tables_of_the_docs_are_what_the_command_prints(capsys):

@@ -72,9 +72,11 @@ def alexnet(
       dtype: of the backbone's arithmetic; parameters and heads stay float32.
 
     Raises:
-      ValueError: images that are too small, or exits that do not exist.
+      ValueError: images that are too small, a width that is not positive, or exits that do not
+        exist.
     """
-    check_size(image, 16, "a network that shrinks them sixteen times before its third convolution")
+    network = "a network that shrinks them sixteen times before its third convolution"
+    check_size(image, 16, network, width=width)
     blocks: list[nn.Module] = [
         Block(width, 11, 4, True, dtype),
         Block(3 * width, 5, 1, True, dtype),

@@ -20,7 +20,7 @@ from jax import Array
 from eejax.adapters import Chain, cut
 from eejax.heads import Head, Pooled, average_pool
 from eejax.models.family import Family, Published
-from eejax.models.layers import Norm, check_size, he, shrink, small_image
+from eejax.models.layers import Norm, check_size, convolution, shrink, small_image
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -41,7 +41,7 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         size, stride = (3, 1) if self.small else (7, 2)
-        x = _conv(self.width, size, stride, self.dtype, "conv0")(x.astype(self.dtype))
+        x = convolution(self.width, size, stride, self.dtype, "conv0")(x.astype(self.dtype))
         if self.small:
             return x
         x = nn.relu(Norm(dtype=self.dtype, name="norm0")(x, train=train))
@@ -57,9 +57,9 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         y = nn.relu(Norm(dtype=self.dtype, name="norm1")(x, train=train))
-        y = _conv(4 * self.growth, 1, 1, self.dtype, "conv1")(y)
+        y = convolution(4 * self.growth, 1, 1, self.dtype, "conv1")(y)
         y = nn.relu(Norm(dtype=self.dtype, name="norm2")(y, train=train))
-        y = _conv(self.growth, 3, 1, self.dtype, "conv2")(y)
+        y = convolution(self.growth, 3, 1, self.dtype, "conv2")(y)
         return jnp.concatenate([x, y], axis=-1)
 
 
@@ -71,7 +71,7 @@ class Transition(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         y = nn.relu(Norm(dtype=self.dtype, name="norm")(x, train=train))
-        y = _conv(x.shape[-1] // 2, 1, 1, self.dtype, "conv")(y)
+        y = convolution(x.shape[-1] // 2, 1, 1, self.dtype, "conv")(y)
         return average_pool(y, (2, 2))
 
 
@@ -103,10 +103,11 @@ def densenet(
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: no groups or an empty one, images too small, or exits that do not exist.
+      ValueError: no groups or an empty one, a width that is not positive, images too small, or
+        exits that do not exist.
     """
-    if not groups or min(groups) < 1:
-        raise ValueError(f"groups of {tuple(groups)} layers; give one or more of at least 1.")
+    groups = tuple(groups)
+    check_size(image, groups=groups, width=width)
     small = small_image(image)
     halvings = len(groups) - 1 + (0 if small else 2)
     check_size(image, 1 << halvings, f"{len(groups)} groups, which halve them {halvings} times")
@@ -121,19 +122,6 @@ def densenet(
             blocks.append(parts[0] if len(parts) == 1 else Chain(tuple(parts)))
     last = Head(classes, Pooled(norm=True), gate)
     return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
-
-
-def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
-    return nn.Conv(
-        width,
-        (size, size),
-        stride,
-        padding=size // 2,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=he,
-        name=name,
-    )
 
 
 _LARGE = {"classes": 1000, "image": (224, 224, 3)}

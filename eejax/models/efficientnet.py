@@ -18,8 +18,8 @@ from jax import Array
 from eejax.adapters import cut
 from eejax.heads import Head, Pooled
 from eejax.models.family import Family, Published
-from eejax.models.layers import he, small_image
-from eejax.models.mobilenet import ConvNorm, InvertedResidual, check, rounded
+from eejax.models.layers import check_size, he, small_image
+from eejax.models.mobilenet import ConvNorm, InvertedResidual, rounded
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -76,7 +76,7 @@ def efficientnet(
     Raises:
       ValueError: a factor that is not positive, images under 8 pixels, or exits that do not exist.
     """
-    check(image, depth, width)
+    check_size(image, 8, "a network that halves them three times or more", depth=depth, width=width)
     small = small_image(image)
     before = rounded(32 * width)
     blocks: list[nn.Module] = [

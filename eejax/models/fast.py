@@ -20,7 +20,7 @@ from jax import Array
 from eejax.adapters import Chain, cut
 from eejax.heads import Head, Pooled
 from eejax.models.family import Family
-from eejax.models.layers import Norm
+from eejax.models.layers import Norm, check_size, halved
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -28,7 +28,8 @@ from eejax.positions import Exits
 class Stem(nn.Module):
     """Folds 2x2 pixels into channels where the image is large, then a 3x3 convolution.
 
-    `[B, H, W, C]` to `[B, H/2, W/2, width]`; images under 16 pixels are not folded.
+    `[B, H, W, C]` to `[B, H // 2, W // 2, width]`; an odd last row or column is left out. Images
+    under 16 pixels are not folded.
     """
 
     width: int
@@ -38,7 +39,8 @@ class Stem(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         b, h, w, c = x.shape
         if min(h, w) >= 16:
-            x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
+            x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c)
+            x = x.transpose(0, 1, 3, 2, 4, 5)
             x = x.reshape(b, h // 2, w // 2, 4 * c)
         x = _conv(self.width, self.dtype)(x.astype(self.dtype))
         return nn.gelu(Norm(scale=False, dtype=self.dtype)(x, train=train))
@@ -55,7 +57,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         y = _conv(self.width, self.dtype)(x)
-        y = pool(y) if self.pool else y
+        y = halved(y, 8) if self.pool else y
         y = nn.gelu(Norm(scale=False, dtype=self.dtype)(y, train=train))
         return x + y if self.residual else y
 
@@ -74,7 +76,8 @@ def fast(
 
     Args:
       classes: C.
-      image: `(height, width, channels)`.
+      image: `(height, width, channels)`. Of those of 16 pixels or more an odd last row or column is
+        left out.
       width: channels of the first block; the others have 2, 4, 4 and 4 times as many.
       exits: where, as `positions.blocks_of` takes them.
       head: `head(e)` makes an early head; one on averages and maxima without it.
@@ -82,8 +85,9 @@ def fast(
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: exits that do not exist.
+      ValueError: a width that is not positive, or exits that do not exist.
     """
+    check_size(image, width=width)
     blocks: list[nn.Module] = [
         Chain((Stem(max(width // 2, 1), dtype), Block(width, pool=True, dtype=dtype))),
         Block(2 * width, pool=True, dtype=dtype),
@@ -93,18 +97,6 @@ def fast(
     ]
     last = Head(classes, Pooled("both"), gate)
     return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
-
-
-def pool(x: Array) -> Array:
-    """2x2 max pooling, `[B, H, W, K]` to `[B, H/2, W/2, K]`; under 8 pixels nothing is pooled.
-
-    A maximum over a reshaped array: on a CPU its gradient is several times quicker than that of a
-    window reduction.
-    """
-    b, h, w, c = x.shape
-    if min(h, w) < 8:
-        return x
-    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
 def _conv(width: int, dtype: Any) -> nn.Conv:

@@ -17,7 +17,7 @@ from jax import Array
 from eejax.adapters import Chain, cut
 from eejax.heads import Head
 from eejax.models.family import Family
-from eejax.models.layers import Norm
+from eejax.models.layers import Norm, check_patches, check_size
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -76,8 +76,11 @@ def isotropic(
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: exits that do not exist.
+      ValueError: a size that is not positive, images that are not whole patches, or exits that do
+        not exist.
     """
+    check_size(image, depth=depth, width=width, patch=patch)
+    check_patches(image, patch)
     blocks: list[nn.Module] = [Block(width, dtype) for _ in range(depth)]
     blocks[0] = Chain((Patches(width, patch, dtype), blocks[0]))
     last = Head(classes, gate=gate)

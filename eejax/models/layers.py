@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
@@ -90,6 +91,26 @@ def shifted(x: Array, kernel: Array, stride: int) -> Array:
     return functools.reduce(jnp.add, parts).astype(x.dtype)
 
 
+def convolution(
+    width: int, size: int, stride: int, dtype: Any, name: str | None = None, bias: bool = False
+) -> nn.Conv:
+    """A convolution to `width` channels with a kernel of `size` x `size`, odd.
+
+    It pads both sides alike, whatever the stride, as the published networks do: SAME would pad a
+    strided convolution on one side only.
+    """
+    return nn.Conv(
+        width,
+        (size, size),
+        stride,
+        padding=size // 2,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=he,
+        name=name,
+    )
+
+
 he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # By the inputs, so that networks without normalisation keep the size of what passes through them
 # where a layer is much wider than the one before.
@@ -107,21 +128,54 @@ def shrink(x: Array) -> Array:
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
 
-def halved(x: Array) -> Array:
+def halved(x: Array, least: int = 2) -> Array:
     """2x2 max pooling with a stride of 2, `[B, H, W, K]` to `[B, H // 2, W // 2, K]`.
 
-    An odd last row or column is left out, and one pixel stays. A maximum over a reshaped array: on
-    a CPU its gradient is several times quicker than that of a window reduction.
+    An odd last row or column is left out, and with a side under `least` pixels nothing is pooled. A
+    maximum over a reshaped array: on a CPU its gradient is several times quicker than that of a
+    window reduction.
     """
     b, h, w, k = x.shape
-    if min(h, w) < 2:
+    if min(h, w) < least:
         return x
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, k).max((2, 4))
 
 
-def check_size(image: Sequence[int], least: int, network: str) -> None:
-    """Refuses images `(height, width, channels)` with a side under `least` pixels."""
+def check_size(
+    image: Sequence[int],
+    least: int = 1,
+    network: str = "any network",
+    **sizes: float | Sequence[float],
+) -> None:
+    """Refuses what no network can be made of.
+
+    Args:
+      image: `(height, width, channels)`.
+      least: pixels that the shorter side has at least.
+      network: what needs them, for the message.
+      **sizes: numbers, or a number for each of some parts, by the names of the arguments.
+
+    Raises:
+      ValueError: not three positive whole numbers, a side that is too short, a size that is not
+        positive, or no parts.
+    """
+    shape = np.asarray(image)
+    if shape.shape != (3,) or shape.dtype.kind not in "iu" or shape.min() < 1:
+        raise ValueError(f"image {image}; give (height, width, channels), positive whole numbers.")
+    for name, size in sizes.items():
+        # Not a number is not positive either.
+        if np.size(size) == 0 or not np.greater(size, 0).all():
+            wanted = "one or more positive numbers" if np.ndim(size) else "a positive number"
+            raise ValueError(f"{name} {size}; give {wanted}.")
     if min(image[:2]) < least:
         raise ValueError(
             f"images of {image[0]}x{image[1]} for {network}; give at least {least}x{least}."
+        )
+
+
+def check_patches(image: Sequence[int], patch: int) -> None:
+    """Refuses images `(height, width, channels)` that are not whole patches of `patch` pixels."""
+    if image[0] % patch or image[1] % patch:
+        raise ValueError(
+            f"images of {image[0]}x{image[1]} for patches of {patch}x{patch}; give a multiple."
         )

@@ -62,9 +62,11 @@ def lenet(
       dtype: of the backbone's arithmetic; parameters and heads stay float32.
 
     Raises:
-      ValueError: images that are too small, or exits that do not exist.
+      ValueError: images that are too small, a width that is not positive, or exits that do not
+        exist.
     """
-    check_size(image, 16, "two 5x5 convolutions without padding, each pooled by two")
+    network = "two 5x5 convolutions without padding, each pooled by two"
+    check_size(image, 16, network, width=width)
     blocks: list[nn.Module] = [Block(width, dtype), Block(8 * width // 3, dtype)]
     early = Head(classes, Mixed(), gate)
     last = Head(classes, Hidden((20 * width, 14 * width), Flat()), gate)

@@ -19,7 +19,7 @@ from jax import Array
 from eejax.adapters import cut
 from eejax.heads import Head, Pooled
 from eejax.models.family import Family, Published
-from eejax.models.layers import Depthwise, Norm, check_size, he, small_image
+from eejax.models.layers import Depthwise, Norm, check_size, convolution, small_image
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -48,16 +48,7 @@ class ConvNorm(nn.Module):
         if self.depthwise:
             conv = Depthwise(self.size, self.stride, self.dtype, name="conv")
         else:
-            conv = nn.Conv(
-                self.width,
-                (self.size, self.size),
-                self.stride,
-                padding=self.size // 2,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=he,
-                name="conv",
-            )
+            conv = convolution(self.width, self.size, self.stride, self.dtype, "conv")
         x = Norm(dtype=self.dtype, name="bn")(conv(x.astype(self.dtype)), train=train)
         return x if self.activation is None else self.activation(x)
 
@@ -130,7 +121,7 @@ def mobilenet(
     Raises:
       ValueError: a factor that is not positive, images under 8 pixels, or exits that do not exist.
     """
-    check(image, depth, width)
+    check_size(image, 8, "a network that halves them three times or more", depth=depth, width=width)
     small = small_image(image)
     blocks: list[nn.Module] = [
         ConvNorm(rounded(32 * width), 3, 1 if small else 2, dtype=dtype),
@@ -164,15 +155,6 @@ def rounded(channels: float) -> int:
     """The multiple of 8 nearest to a number of channels, at least 8 and at least nine tenths."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * channels else nearest + 8
-
-
-def check(image: Sequence[int], depth: float, width: float) -> None:
-    """Refuses what no mobile network can be made of."""
-    if not (depth > 0 and width > 0):
-        raise ValueError(
-            f"factors {depth} on the depth and {width} on the width; give positive ones."
-        )
-    check_size(image, 8, "a network that halves them three times or more")
 
 
 FAMILY = Family(

@@ -18,7 +18,7 @@ from jax import Array
 from eejax.adapters import Chain, cut
 from eejax.heads import Head, Reduced
 from eejax.models.family import Family, Published
-from eejax.models.layers import Norm, he, shrink, small_image
+from eejax.models.layers import Norm, check_size, convolution, shrink, small_image
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -175,11 +175,13 @@ def msdnet(
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: fewer layers than scales, another `prune`, or exits that do not exist.
+      ValueError: a size that is not positive, no factors, fewer layers than scales, another
+        `prune`, or exits that do not exist.
     """
-    if base < 1 or step < 1:
-        raise ValueError(f"first exit after {base} layers, then every {step}; give 1 or more.")
-    factors, small = tuple(factors), small_image(image)
+    factors = tuple(factors)
+    sizes = {"depth": depth, "width": width, "growth": growth, "factors": factors}
+    check_size(image, **sizes, base=base, step=step)
+    small = small_image(image)
     blocks: list[nn.Module] = []
     channels = width
     for scales, reduced in steps(depth, len(factors), prune):
@@ -207,17 +209,7 @@ def _conv(
     bias: bool = False,
 ) -> Array:
     """A convolution, normalised, and ReLU: modules `names_first` and the one after it."""
-    # Padding that is the same on both sides, whatever the stride, as in the reference.
-    conv = nn.Conv(
-        width,
-        (size, size),
-        stride,
-        padding=size // 2,
-        use_bias=bias,
-        dtype=x.dtype,
-        kernel_init=he,
-        name=f"{names}_{first}",
-    )
+    conv = convolution(width, size, stride, x.dtype, f"{names}_{first}", bias)
     return nn.relu(Norm(dtype=x.dtype, name=f"{names}_{first + 1}")(conv(x), train=train))
 
 

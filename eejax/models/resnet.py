@@ -18,7 +18,7 @@ from jax import Array
 from eejax.adapters import Chain, cut
 from eejax.heads import Head
 from eejax.models.family import Family, Published
-from eejax.models.layers import Norm, he, shrink, small_image
+from eejax.models.layers import Norm, check_size, convolution, shrink, small_image
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -31,7 +31,7 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = _conv(self.width, 1, self.dtype)(x.astype(self.dtype))
+        x = convolution(self.width, 3, 1, self.dtype)(x.astype(self.dtype))
         return nn.relu(Norm(dtype=self.dtype)(x, train=train))
 
 
@@ -44,9 +44,9 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        y = _conv(self.width, self.stride, self.dtype)(x)
+        y = convolution(self.width, 3, self.stride, self.dtype)(x)
         y = nn.relu(Norm(dtype=self.dtype)(y, train=train))
-        y = Norm(dtype=self.dtype)(_conv(self.width, 1, self.dtype)(y), train=train)
+        y = Norm(dtype=self.dtype)(convolution(self.width, 3, 1, self.dtype)(y), train=train)
         shortcut = x[:, :: self.stride, :: self.stride]
         more = self.width - x.shape[-1]
         shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
@@ -77,8 +77,10 @@ def resnet(
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: a depth that is not 6n + 2, or exits that do not exist.
+      ValueError: a depth that is not 6n + 2, a width that is not positive, or exits that do not
+        exist.
     """
+    check_size(image, width=width)
     n, rest = divmod(depth - 2, 6)
     if rest or n < 1:
         raise ValueError(f"a ResNet depth of {depth}; give 6n + 2: 8, 14, 20, 32, 44, 56, 110 ...")
@@ -101,17 +103,8 @@ class LargeStem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        size, stride, pad = (3, 1, 1) if self.small else (7, 2, 3)
-        conv = nn.Conv(
-            self.width,
-            (size, size),
-            stride,
-            padding=pad,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=he,
-            name="conv1",
-        )
+        size, stride = (3, 1) if self.small else (7, 2)
+        conv = convolution(self.width, size, stride, self.dtype, "conv1")
         x = nn.relu(Norm(dtype=self.dtype, name="bn1")(conv(x.astype(self.dtype)), train=train))
         return x if self.small else shrink(x)
 
@@ -132,11 +125,11 @@ class ProjectedBlock(nn.Module):
             layers = [(self.width, 1, 1), (self.width, 3, self.stride), (out, 1, 1)]
         y = x
         for i, (width, size, stride) in enumerate(layers, 1):
-            y = _conv(width, stride, self.dtype, size, f"conv{i}")(y)
+            y = convolution(width, size, stride, self.dtype, f"conv{i}")(y)
             y = Norm(dtype=self.dtype, name=f"bn{i}")(y, train=train)
             y = nn.relu(y) if i < len(layers) else y
         if x.shape != y.shape:
-            x = _conv(out, self.stride, self.dtype, 1, "downsample_0")(x)
+            x = convolution(out, 1, self.stride, self.dtype, "downsample_0")(x)
             x = Norm(dtype=self.dtype, name="downsample_1")(x, train=train)
         return nn.relu(x + y)
 
@@ -166,8 +159,9 @@ def resnet_imagenet(
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: another depth, or exits that do not exist.
+      ValueError: another depth, a width that is not positive, or exits that do not exist.
     """
+    check_size(image, width=width)
     if depth not in GROUPS:
         raise ValueError(f"a ResNet depth of {depth}; give {', '.join(map(str, GROUPS))}.")
     blocks: list[nn.Module] = [
@@ -181,21 +175,6 @@ def resnet_imagenet(
 
 
 GROUPS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-
-
-def _conv(width: int, stride: int, dtype: Any, size: int = 3, name: str | None = None) -> nn.Conv:
-    # Padding that is the same on both sides, whatever the stride, as in the reference: SAME would
-    # pad a strided convolution on one side only.
-    return nn.Conv(
-        width,
-        (size, size),
-        stride,
-        padding=size // 2,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=he,
-        name=name,
-    )
 
 
 _PAPER = "He, Zhang, Ren, Sun, 2016, https://arxiv.org/abs/1512.03385"

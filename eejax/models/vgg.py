@@ -77,12 +77,12 @@ def vgg(
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: another depth, images that are too small or, with `hidden`, not of a multiple of
-        224, or exits that do not exist.
+      ValueError: another depth, a width that is not positive, images that are too small or, with
+        `hidden`, not of a multiple of 224, or exits that do not exist.
     """
     if depth not in GROUPS:
         raise ValueError(f"a VGG depth of {depth}; give {', '.join(map(str, GROUPS))}.")
-    check_size(image, 32, "a network that halves them five times")
+    check_size(image, 32, "a network that halves them five times", width=width)
     # Five halvings, each of which drops an odd row, leave a multiple of 7.
     if hidden and any(side // 32 % 7 for side in image[:2]):
         raise ValueError(

@@ -19,6 +19,7 @@ from jax import Array
 from eejax.adapters import Chain, cut
 from eejax.heads import Head, Tokens
 from eejax.models.family import Family, Published
+from eejax.models.layers import check_patches, check_size
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -120,22 +121,19 @@ def vit(
       dtype: of the backbone's arithmetic; parameters, normalisation and heads stay float32.
 
     Raises:
-      ValueError: another size or pool, no blocks, images that are not whole patches, a width that
-        is not a multiple of the heads, or exits that do not exist.
+      ValueError: another size or pool, a number that is not positive, images that are not whole
+        patches, a width that is not a multiple of the heads, or exits that do not exist.
     """
     if size not in SIZES:
         raise ValueError(f"a ViT of size {size!r}; give {', '.join(map(repr, SIZES))}.")
     if pool not in ("class", "mean"):
         raise ValueError(f'tokens pooled by {pool!r}; give "class" or "mean".')
-    width, heads = width or SIZES[size][0], heads or SIZES[size][1]
-    if depth < 1:
-        raise ValueError(f"a ViT of {depth} blocks; give at least one.")
+    width = SIZES[size][0] if width is None else width
+    heads = SIZES[size][1] if heads is None else heads
+    check_size(image, depth=depth, width=width, heads=heads, patch=patch)
     if width % heads:
         raise ValueError(f"{width} channels for {heads} attention heads; give a multiple of them.")
-    if image[0] % patch or image[1] % patch:
-        raise ValueError(
-            f"images of {image[0]}x{image[1]} for patches of {patch}x{patch}; give a multiple."
-        )
+    check_patches(image, patch)
     blocks: list[nn.Module] = [Block(heads, dtype) for _ in range(depth)]
     blocks[0] = Chain((Embedding(width, patch, pool == "class", dtype), blocks[0]))
     last = Head(classes, Tokens(pool), gate)

@@ -15,7 +15,7 @@ from jax import Array
 from eejax.adapters import Chain, cut
 from eejax.heads import Head, Pooled
 from eejax.models.family import Family, Published
-from eejax.models.layers import Norm, he
+from eejax.models.layers import Norm, check_size, convolution
 from eejax.network import EarlyExitNetwork
 from eejax.positions import Exits
 
@@ -28,7 +28,7 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         del train
-        return _conv(16, 3, 1, self.dtype, "conv1")(x.astype(self.dtype))
+        return convolution(16, 3, 1, self.dtype, "conv1")(x.astype(self.dtype))
 
 
 class Block(nn.Module):
@@ -46,10 +46,10 @@ class Block(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         y = nn.relu(Norm(dtype=self.dtype, name="bn1")(x, train=train))
         if x.shape[-1] != self.width:
-            x = _conv(self.width, 1, self.stride, self.dtype, "shortcut")(y)
-        y = _conv(self.width, 3, self.stride, self.dtype, "conv1")(y)
+            x = convolution(self.width, 1, self.stride, self.dtype, "shortcut")(y)
+        y = convolution(self.width, 3, self.stride, self.dtype, "conv1")(y)
         y = nn.relu(Norm(dtype=self.dtype, name="bn2")(y, train=train))
-        return x + _conv(self.width, 3, 1, self.dtype, "conv2")(y)
+        return x + convolution(self.width, 3, 1, self.dtype, "conv2")(y)
 
 
 def wideresnet(
@@ -79,8 +79,10 @@ def wideresnet(
       dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: a depth that is not 6n + 4, or exits that do not exist.
+      ValueError: a depth that is not 6n + 4, a width that is not positive, or exits that do not
+        exist.
     """
+    check_size(image, width=width)
     n, rest = divmod(depth - 4, 6)
     if rest or n < 1:
         raise ValueError(f"a wide ResNet's depth of {depth}; give 6n + 4: 10, 16, 22, 28, 40 ...")
@@ -92,19 +94,6 @@ def wideresnet(
     blocks[0] = Chain((Stem(dtype), blocks[0]))
     last = Head(classes, Pooled(norm=True), gate)
     return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
-
-
-def _conv(width: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
-    return nn.Conv(
-        width,
-        (size, size),
-        stride,
-        padding=size // 2,
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=he,
-        name=name,
-    )
 
 
 FAMILY = Family(
