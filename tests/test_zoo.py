@@ -21,6 +21,7 @@ def test_a_family_takes_what_is_given_and_has_its_own_defaults():
     assert NetworkConfig(name="mobilenet", exits=(0.2, 0.5)).num_exits == 3
     assert NetworkConfig(name="resnet", depth=20).num_exits == 4
     assert NetworkConfig(name="isotropic", depth=3).num_exits == 3
+    assert NetworkConfig(name="isotropic", depth=3, exits=(1,)).num_exits == 2
     assert NetworkConfig().num_exits == 4
     deep = zoo.network(NetworkConfig(name="vit", depth=2, options=("size=S",)), 3, (8, 8, 1))
     assert deep.num_exits == 2
