@@ -27,8 +27,8 @@ class Arguments:
     """Directory that experiments.cifar made. Default: a random network."""
     network: Literal["resnet", "fast"] = "resnet"
     """Random network: its backbone."""
-    depth: int = 56
-    """Random network, resnet: number of layers, 6n + 2."""
+    depth: int | None = None
+    """Random network: number of layers, 6n + 2 (resnet, 56 by default), or of blocks."""
     milliseconds: tuple[float, ...] = ()
     """Deadlines. Default: what each exit was seen to need at most, and a tenth more; and half of
     what the first needs, which cannot be kept."""
@@ -53,11 +53,9 @@ def main(argv: Sequence[str]) -> int:
         asked = command_line(Arguments, "python -m experiments.deadlines", argv, Arguments())
         if asked.calls < 1 or not all(ms > 0 for ms in asked.milliseconds):
             raise ValueError("--calls and --milliseconds: give positive numbers.")
-        of_random = (
-            []
-            if asked.run is not None
-            else ["--network", asked.network, "--depth", str(asked.depth)]
-        )
+        of_random = [] if asked.run is not None else ["--network", asked.network]
+        if asked.run is None and asked.depth is not None:
+            of_random += ["--depth", str(asked.depth)]
         of_run = [] if asked.run is None else ["--run", str(asked.run)]
         flags = [*of_random, *of_run, "--seed", str(asked.seed), "--batches", "1", "--images", "0"]
         parsed = latency_flags.parse(flags)

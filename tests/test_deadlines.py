@@ -28,6 +28,8 @@ def test_deadlines_are_reported(digits_run, tmp_path, capsys):
         (["--calls", "0"], "positive numbers"),
         (["--milliseconds", "-1"], "positive numbers"),
         (["--depth", "7"], "6n + 2"),
+        (["--network", "fast", "--depth", "7"], "the family fast takes none"),
+        (["--network", "fast", "--json", "nowhere/rows.json"], "no such directory"),
         (["--run", "nowhere"], "experiments.cifar"),
         (["--json", "nowhere/rows.json"], "no such directory"),
     ],
