@@ -5,43 +5,32 @@ stop (`policies`); thresholds come from a held-out trace (`routing`, `thresholds
 stops every sample at its own exit (`inference`).
 """
 
-from eejax import guarantees, losses, metrics, scheduler, significance, thresholds
-from eejax.calibration import fit_temperatures
-from eejax.cascade import cascade, cascade_variables
-from eejax.compaction import compact, loop, stack
-from eejax.cost import Costs, macs, seconds
-from eejax.deadline import anytime
-from eejax.dispatch import host
-from eejax.ensembles import fit_ztw, mean_of_experts, product_of_experts, vote, ztw
-from eejax.guarantees import certify, control_risk
-from eejax.inference import Prediction, cond, full, predictor, sharded
+from eejax.benchmark import seconds
+from eejax.cascades import cascade, cascade_variables
+from eejax.cost import Costs, macs, xla_macs
+from eejax.evaluation import metrics, significance
+from eejax.evaluation.routing import Routed, Scored, route, score
+from eejax.inference.automatic import auto
+from eejax.inference.compaction import compact, loop, stack
+from eejax.inference.deadline import anytime
+from eejax.inference.dispatch import host
+from eejax.inference.executors import Prediction, cond, full
+from eejax.inference.predictors import predictor, sharded
+from eejax.inference.streaming import rebatched, stream
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, keep_variables, normalise
-from eejax.placement import choose_exits
-from eejax.policies import (
-    Policy,
-    entropy,
-    fixed,
-    gate,
-    margin,
-    max_prob,
-    patience,
-    random,
-    with_temperatures,
-)
-from eejax.routing import (
-    Routed,
-    Scored,
-    Trace,
-    collect,
-    read_trace,
-    recorded,
-    route,
-    save_trace,
-    score,
-)
-from eejax.selection import auto
-from eejax.streaming import rebatched, stream
-from eejax.thresholds import Choice, for_budget, for_drop, geometric
+from eejax.policies import learned as scheduler
+from eejax.policies.agreement import patience
+from eejax.policies.base import Policy
+from eejax.policies.baselines import fixed, random
+from eejax.policies.confidence import entropy, gate, margin, max_prob
+from eejax.policies.ensembles import fit_ztw, mean_of_experts, product_of_experts, vote, ztw
+from eejax.policies.temperature import fit_temperatures, with_temperatures
+from eejax.selection import guarantees, thresholds
+from eejax.selection.guarantees import certify, control_risk
+from eejax.selection.placement import choose_exits
+from eejax.selection.thresholds import Choice, for_budget, for_drop, geometric
+from eejax.trace import Trace, collect, read_trace, recorded, save_trace
+from eejax.training import losses
 
 __version__ = "0.1.0"
 
@@ -105,5 +94,6 @@ __all__ = [
     "thresholds",
     "vote",
     "with_temperatures",
+    "xla_macs",
     "ztw",
 ]

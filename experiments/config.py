@@ -104,7 +104,7 @@ class NetworkConfig:
 
     def _counted(self) -> tuple[int, int]:
         # Only now, because the families import JAX, and a mistake should not wait for that.
-        from experiments.zoo import counts
+        from experiments.train.zoo import counts
 
         return counts(self)
 

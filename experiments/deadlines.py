@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
     Returns:
       The exit status: 0, or 2 for a mistake.
     """
-    from experiments import latency_flags
-    from experiments.cli import command_line
+    from experiments.cifar.cli import command_line
+    from experiments.latency import flags as latency_flags
 
     try:
         asked = command_line(Arguments, "python -m experiments.deadlines", argv, Arguments())
@@ -68,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from experiments import report
-    from experiments.circumstances import circumstances
-    from experiments.latency_subject import subject
+    from experiments.latency.subject import subject
+    from experiments.report import report
+    from experiments.report.environment import circumstances
 
     now = datetime.datetime.now().astimezone()
     around = circumstances("experiments.deadlines", argv, now)

@@ -16,7 +16,7 @@ from eejax import cost
 from eejax.compiling import compiler_options
 from eejax.models import FAMILIES, Published
 from eejax.network import EarlyExitNetwork
-from experiments.cli import command_line
+from experiments.cifar.cli import command_line
 
 SMALL = (32, 32, 3)
 
@@ -43,7 +43,7 @@ def sizes(network: EarlyExitNetwork, image: Sequence[int]) -> tuple[int, cost.Co
     """Parameters, and the multiply-accumulates of each stage and head; nothing is compiled."""
     images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), images)
-    return parameters(shapes["params"]), cost.layer_macs(network, shapes, images)
+    return parameters(shapes["params"]), cost.macs(network, shapes, images)
 
 
 def family_row(name: str) -> str:

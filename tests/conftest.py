@@ -61,7 +61,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """The directory of a small run of the main job on the embedded data."""
-    from experiments import cifar
+    from experiments.cifar import __main__ as cifar
 
     path = tmp_path_factory.mktemp("job") / "run"
     flags = [

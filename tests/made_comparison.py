@@ -145,14 +145,14 @@ def _row(regime: str, policy: str, target: dict[str, Any], seeds: int) -> dict[s
         return row | {"accuracy": None, "cost": None, "exit_fractions": None, "met": None,
                       "error": "the cheapest exit_1 costs 0.35 & more"}  # fmt: skip
     cost = {"drop": 0.62, "ms": 0.45}.get(target["kind"]) or target["value"]
-    right = accuracy(cost, regime, policy)
+    correct = accuracy(cost, regime, policy)
     return row | {
-        "accuracy": spread(right, seeds),
+        "accuracy": spread(correct, seeds),
         "cost": spread(cost, seeds, 0.01),
         "exit_fractions": [0.4, 0.3, 0.1, 0.1, 0.1],
         "ece": 0.021,
-        "random": right - (0.03 if policy not in ("random", "scheduler") else -0.001),
-        "oracle": min(1.0, right + 0.05),
+        "random": correct - (0.03 if policy not in ("random", "scheduler") else -0.001),
+        "oracle": min(1.0, correct + 0.05),
         "met": "yes" if policy != "vote" else f"{seeds - 1} of {seeds}",
         "class_exit_fractions": [[0.4 - 0.05 * c, 0.3, 0.1, 0.1, 0.1 + 0.05 * c] for c in range(5)],
         "thresholds": [[0.5, None, 1.5, 2.0]] * seeds,

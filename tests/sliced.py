@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name as named
 
 from eejax import ExitOutput, Module
-from eejax.slicing import cut_named, graft
+from eejax.adapters.slicing import cut_named, graft
 
 IMAGE = jax.ShapeDtypeStruct((8, 8, 2), jnp.float32)
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)

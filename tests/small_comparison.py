@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eejax import ensembles, policies, thresholds
-from eejax.calibration import fit_temperatures
-from eejax.policies import Policy, with_temperatures
-from eejax.routing import Scored, Trace, read_trace, route, score
-from experiments import compare, data
+from eejax import policies
+from eejax.evaluation.routing import Scored, route, score
+from eejax.policies import ensembles
+from eejax.policies.base import Policy
+from eejax.policies.temperature import fit_temperatures, with_temperatures
+from eejax.selection import thresholds
+from eejax.trace import Trace, read_trace
+from experiments.compare import __main__ as compare
+from experiments.data import splits as data
 
 SEEDS = (0, 1)
 REGIMES = ("joint", "soft_auxiliary")
@@ -161,8 +165,8 @@ def cascades(
             ]
             both = Made(some[0].place, cost, *splits)
             choose, _, test = scored("max_prob", both)
-            right = choose.predictions == both.choose.labels[:, None]
-            choice = thresholds.for_budget(choose.scores, right, cost, BUDGET["value"])
+            correct = choose.predictions == both.choose.labels[:, None]
+            choice = thresholds.for_budget(choose.scores, correct, cost, BUDGET["value"])
             routed = route(test, choice.thresholds)
             accuracy = (routed.logits.argmax(-1) == both.test.labels).mean()
             known = (-choice.accuracy, choice.mean_cost)

@@ -10,8 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 from sliced import CLASSES, IMAGE, WIDTH, assert_close, images_of
 
 from eejax import EarlyExitNetwork, ExitOutput, Module, checkpoint
-from eejax.adapters import cut_linen, cut_nnx, from_linen, nnx_variables, update_nnx
-from eejax.slicing import graft, whole
+from eejax.adapters.linen import cut_linen
+from eejax.adapters.nnx import cut_nnx, nnx_variables, update_nnx
+from eejax.adapters.slicing import graft, whole
+from eejax.backbone import from_linen
 
 
 def quick(key, shape, dtype=jnp.float32):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import augment
+from experiments.train import augment
 
 
 def reference(images, draws, cutout, fill):

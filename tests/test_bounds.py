@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eejax.bounds import betting, conformal, fixed_sequence, hoeffding_bentkus, interval
+from eejax.selection.bounds import betting, conformal, fixed_sequence, hoeffding_bentkus, interval
 
 DRAWS = 4000
 

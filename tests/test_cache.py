@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_data import some
 
-from experiments import cache
+from experiments.data import cache
 
 
 def small(n=4):

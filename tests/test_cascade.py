@@ -23,9 +23,10 @@ from eejax import (
     macs,
     max_prob,
     predictor,
-    routing,
 )
-from eejax.adapters import from_linen
+from eejax import trace as eejax_trace
+from eejax.backbone import from_linen
+from eejax.evaluation import routing
 
 SEED = 4
 
@@ -133,7 +134,7 @@ def test_leaving_costs_every_member_so_far_and_no_early_head():
 def test_executors_agree_with_the_reference(executor):
     network, own = built()
     variables, images = cascade_variables(own), toys.some_images(SEED, 13)
-    trace = routing.collect(network, variables, images, np.zeros(13, int), batch=13)
+    trace = eejax_trace.collect(network, variables, images, np.zeros(13, int), batch=13)
     scored = routing.score(max_prob, trace)
     cost = np.array([1.0, 2.0, 4.0])
     agrees = scored.predictions == scored.predictions[:, -1:]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from eejax import checkpoint
-from eejax.training import TrainState
+from eejax.training.state import TrainState
 
 
 def state(value: float) -> TrainState:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import cli
+from experiments.cifar import cli
 from experiments.config import Config, NetworkConfig, check, to_json
 
 DIGITS = ["--data.name", "digits"]

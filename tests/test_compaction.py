@@ -13,10 +13,10 @@ import pytest
 import toys
 
 from eejax import ExitOutput, compact, full, gate, loop, stack
-from eejax.compaction import Stacked, runs
+from eejax.inference.compaction import Stacked, runs
+from eejax.inference.packing import default_tiles
 from eejax.models.resnet import resnet
 from eejax.network import EarlyExitNetwork, Module
-from eejax.packing import default_tiles
 
 PACKED = {"compact": compact, "loop": loop}
 each_packed = pytest.mark.parametrize("executor", PACKED.values(), ids=PACKED)

@@ -26,11 +26,14 @@ from small_comparison import (
     zip_seeds,
 )
 
-from eejax import guarantees, thresholds
-from eejax.routing import fingerprints, route
-from experiments import compare_cells, compare_decide, data
-from experiments.compare_choose import Settings, Subject
-from experiments.compare_cli import parse
+from eejax.evaluation.routing import route
+from eejax.selection import guarantees, thresholds
+from eejax.trace import fingerprints
+from experiments.compare import cells as compare_cells
+from experiments.compare import decide as compare_decide
+from experiments.compare.choose import Settings, Subject
+from experiments.compare.cli import parse
+from experiments.data import splits as data
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +69,10 @@ def test_thresholds_are_chosen_on_one_split_and_figures_are_of_the_test_split(
         # The unit is the plain network, which has one head: the whole early-exit network is dearer.
         cost = network.macs / made["plain network", seed].macs[-1]
         choose, _, test = scored(scheme[1], network)
-        right = choose.predictions == network.choose.labels[:, None]
+        correct = choose.predictions == network.choose.labels[:, None]
         choice = None
         with contextlib.suppress(ValueError):
-            choice = search(choose.scores, right, cost, target["value"])
+            choice = search(choose.scores, correct, cost, target["value"])
         if choice is None:  # scores so coarse that the budget cannot be hit
             assert row["error"]
             continue
@@ -90,15 +93,15 @@ def test_costs_are_fractions_of_the_plain_network(results, made):
         assert costs[-1] > 1  # heads on the way are paid for
         accuracy = [exit_["accuracy"]["seeds"] for exit_ in regime["exits"]]
         tests = [made[regime["name"], seed].test for seed in SEEDS]
-        right = [(t.logits.argmax(-1) == t.labels[:, None]).mean(0) for t in tests]
-        np.testing.assert_allclose(np.transpose(accuracy), right)
+        correct = [(t.logits.argmax(-1) == t.labels[:, None]).mean(0) for t in tests]
+        np.testing.assert_allclose(np.transpose(accuracy), correct)
     assert [row["name"] for row in results["static"]][-1] == "plain network"
     for row in results["static"]:
         assert row["cost"] == made[row["name"], 0].macs[-1] / whole
         tests = [made[row["name"], seed].test for seed in SEEDS]
-        right = [(t.logits[:, -1].argmax(-1) == t.labels).mean() for t in tests]
-        assert row["accuracy"]["seeds"] == pytest.approx(right)
-        assert row["accuracy"]["mean"] == pytest.approx(np.mean(right))
+        correct = [(t.logits[:, -1].argmax(-1) == t.labels).mean() for t in tests]
+        assert row["accuracy"]["seeds"] == pytest.approx(correct)
+        assert row["accuracy"]["mean"] == pytest.approx(np.mean(correct))
     assert max(row["cost"] for row in results["static"]) == 1
 
 

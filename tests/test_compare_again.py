@@ -23,16 +23,14 @@ from small_comparison import (
     scored,
 )
 
-from eejax.routing import route
-from experiments import (
-    compare,
-    compare_cells,
-    compare_decide,
-    compare_plot,
-    compare_report,
-    compare_timing,
-    report,
-)
+from eejax.evaluation.routing import route
+from experiments.compare import __main__ as compare
+from experiments.compare import cells as compare_cells
+from experiments.compare import decide as compare_decide
+from experiments.compare import plot as compare_plot
+from experiments.compare import report as compare_report
+from experiments.compare import timing as compare_timing
+from experiments.report import report
 
 
 @pytest.fixture(scope="module")
@@ -229,5 +227,5 @@ def test_a_budget_in_milliseconds(copy, log):
     network = networks(copy)["joint", 0]
     row = row_of(found, ("joint", "max_prob"), kind="ms", value=1000.0)
     routed = route(scored("max_prob", network)[2], as_numbers(row["thresholds"][0]))
-    right = routed.logits.argmax(-1) == network.test.labels
-    assert row["accuracy"]["mean"] == pytest.approx(right.mean())
+    correct = routed.logits.argmax(-1) == network.test.labels
+    assert row["accuracy"]["mean"] == pytest.approx(correct.mean())

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, compare, compare_cells, compare_cli, data
-from experiments.compare_config import Comparison, check
+from experiments.cifar import cli
+from experiments.compare import __main__ as compare
+from experiments.compare import cells as compare_cells
+from experiments.compare import cli as compare_cli
+from experiments.compare.config import Comparison, check
 from experiments.config import to_json
+from experiments.data import splits as data
 
 DIGITS = ["--data.name", "digits"]
 OWN = cli.load_config(compare_cli.CONFIGS / "digits.py", Comparison)
@@ -93,7 +97,7 @@ def test_what_was_trained_after_a_fall_back_is_found_by_the_data_sets_name(monke
 def test_a_configuration_file_is_taken_and_overridden(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from experiments.compare_config import *\n"
+        "from experiments.compare.config import *\n"
         "from experiments.config import DataConfig\n"
         "config = Comparison(seeds=(7,), policies=('max_prob', 'vote'),\n"
         "    data=DataConfig(name='digits', calibrate=100, choose=200, certify=300))\n"

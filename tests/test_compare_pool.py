@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import compare_pool
-from experiments.compare_pool import Failure, Job
+from experiments.train import pool as compare_pool
+from experiments.train.pool import Failure, Job
 
 PATIENCE = 30.0  # seconds, for what takes about one
 
@@ -175,9 +175,10 @@ def test_sigterm_is_an_interruption_here_too():
 
 def test_a_training_that_was_told_to_stop_ends_everything(tmp_path, monkeypatch):
     """It saves its state, and the next one does not begin."""
-    from experiments import compare_cells, loop
-    from experiments.compare_config import Comparison
+    from experiments.compare import cells as compare_cells
+    from experiments.compare.config import Comparison
     from experiments.config import DataConfig
+    from experiments.train import loop
 
     begun = []
 

@@ -16,12 +16,9 @@ import pytest
 from made_comparison import BETTING, BUDGETS, CERTIFICATE, POLICIES, make_comparison
 from rich.console import Console
 
-from experiments import compare_plot as plot
-from experiments import compare_report as report
-from experiments import compare_tables as tables
-from experiments import compare_words as words
-from experiments.compare_page import charts, heat
-from experiments.compare_terms import gaps, number, spread_words, target_words
+from experiments.compare import plot, report, tables, words
+from experiments.compare.page import charts, heat
+from experiments.compare.terms import gaps, number, spread_words, target_words
 
 FEW = ("max_prob", "entropy", "fixed")
 BAD = "</title></style></script><script>alert(1)</script><img src=x onerror='x'>_%&#"

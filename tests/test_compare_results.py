@@ -28,7 +28,8 @@ from small_comparison import (
     row_of,
 )
 
-from eejax.routing import Trace, read_trace, route, score
+from eejax.evaluation.routing import route, score
+from eejax.trace import Trace, read_trace
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +177,8 @@ def test_the_static_network_set_beside_is_the_best_within_the_budget(results, ma
     for name in STATIC:
         if made[name, 0].macs[-1] <= BUDGET["value"] * results["whole_macs"]:
             splits = [made[name, seed].choose for seed in SEEDS]
-            right = [(t.logits[:, -1].argmax(-1) == t.labels).mean() for t in splits]
-            held_out[name] = np.mean(right)
+            correct = [(t.logits[:, -1].argmax(-1) == t.labels).mean() for t in splits]
+            held_out[name] = np.mean(correct)
     assert len(held_out) > 1
     assert held_out[row["b"]["policy"]] == max(held_out.values())
 

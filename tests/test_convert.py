@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from eejax import convert, cost, names
+from eejax import cost
 from eejax.models.alexnet import alexnet
 from eejax.models.densenet import densenet
 from eejax.models.efficientnet import efficientnet
@@ -21,6 +21,7 @@ from eejax.models.resnet import resnet, resnet_imagenet
 from eejax.models.vgg import vgg
 from eejax.models.vit import vit
 from eejax.models.wideresnet import wideresnet
+from eejax.pretrained import convert, names
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -131,7 +132,7 @@ def test_every_block_costs_what_the_layers_of_the_reference_do(name):
     network, table = CONVERTED[name](record["image"])
     images = jax.ShapeDtypeStruct((1, *record["image"]), np.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), images)
-    costs = cost.layer_macs(network, shapes, images)
+    costs = cost.macs(network, shapes, images)
     of = convert.parameter_names(shapes, table)
     for e in range(network.num_exits):
         for kind, counted in (("stages", costs.stages), ("heads", costs.heads)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments import corruptions
-from experiments.corruptions import KINDS, SEVERITIES, STRENGTHS, corrupt
+from experiments.data import corruptions
+from experiments.data.corruptions import KINDS, SEVERITIES, STRENGTHS, corrupt
 
 SHAPES = [(7, 8, 8, 1), (5, 32, 32, 3), (3, 9, 6, 2)]
 

@@ -14,8 +14,8 @@ import pytest
 import toys
 from jax.experimental import io_callback
 
-from eejax import Costs, EarlyExitNetwork, ExitOutput, Module, cost, macs, normalise
-from eejax.adapters import from_linen
+from eejax import Costs, EarlyExitNetwork, ExitOutput, Module, benchmark, cost, macs, normalise
+from eejax.backbone import from_linen
 from eejax.network import keep_variables
 
 
@@ -158,7 +158,7 @@ def test_stages_are_timed_each_with_its_head():
     )
     images = jnp.ones((256, 64))
     variables = jax.jit(network.init)(jax.random.key(0), images)
-    seconds = cost.stage_seconds(network, variables, images, repeats=5)
+    seconds = benchmark.stage_seconds(network, variables, images, repeats=5)
     assert seconds.shape == (3,)
     assert (seconds >= 0).all()
     assert seconds[1] > 2 * max(seconds[0], seconds[2])
@@ -192,18 +192,18 @@ def test_stages_and_heads_are_told_apart_by_the_clock(exits, monkeypatch):
     network = EarlyExitNetwork(
         tuple(spends(clock, s, False) for s in stages), tuple(spends(clock, h, True) for h in heads)
     )
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     variables = jax.eval_shape(network.init, jax.random.key(0), jnp.ones((2, 3)))
-    found = cost.seconds(network, variables, jnp.ones((2, 3)), repeats=2)
+    found = benchmark.seconds(network, variables, jnp.ones((2, 3)), repeats=2)
     np.testing.assert_array_equal(found.stages, stages)
     np.testing.assert_array_equal(found.heads, heads)
-    together = cost.stage_seconds(network, variables, jnp.ones((2, 3)), repeats=2)
+    together = benchmark.stage_seconds(network, variables, jnp.ones((2, 3)), repeats=2)
     np.testing.assert_array_equal(together, np.add(stages, heads))
 
 
 @pytest.mark.parametrize("burst", [0.0, 0.1])
 def test_paired_runs_are_interleaved_and_warmed_up(burst, monkeypatch):
-    monkeypatch.setattr(cost, "BURST_SECONDS", burst)
+    monkeypatch.setattr(benchmark, "BURST_SECONDS", burst)
     order = []
 
     def call(name, pause):
@@ -214,7 +214,7 @@ def test_paired_runs_are_interleaved_and_warmed_up(burst, monkeypatch):
 
         return run
 
-    times = cost.paired_seconds([call("a", 0.04), call("b", 0.2)], repeats=3, warmup=1)
+    times = benchmark.paired_seconds([call("a", 0.04), call("b", 0.2)], repeats=3, warmup=1)
     rounds = "".join(order)
     assert rounds.startswith("aabb")  # a first call, and one that says how long it takes
     # A short call is repeated in a row, after one that is not timed.
@@ -240,7 +240,7 @@ def counted(apply, *shape):
     network = plain(apply)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
-    costs = cost.layer_macs(network, variables, images)
+    costs = cost.macs(network, variables, images)
     assert costs.heads.tolist() == [0]
     return costs.stages[0]
 
@@ -249,7 +249,7 @@ def counted(apply, *shape):
 def test_layers_count_padding_and_leave_out_what_is_elementwise(batch):
     network = two_exits("SAME")
     variables, images = shapes(network, batch)
-    costs = cost.layer_macs(network, variables, images)
+    costs = cost.macs(network, variables, images)
     assert costs.stages.tolist() == [64 * 9 * 3 * 4, 64 * 9 * 4 * 5]
     assert costs.heads.tolist() == [64 * 4 * 7 + 70, 64 * 5 * 9 + 90]
 

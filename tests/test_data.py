@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import archives, data
-from experiments.archives import Archive
 from experiments.config import DataConfig
+from experiments.data import archives
+from experiments.data import splits as data
+from experiments.data.archives import Archive
 
 SEED = 3
 DIGITS = DataConfig(name="digits", calibrate=150, choose=300)

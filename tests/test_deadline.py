@@ -10,7 +10,8 @@ import pytest
 import toys
 
 from eejax import anytime
-from eejax.routing import collect, route, score
+from eejax.evaluation.routing import route, score
+from eejax.trace import collect
 
 EXITS, BATCH = 4, 6
 POLICY = toys.POLICIES["running sum, temperatures"]

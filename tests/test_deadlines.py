@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import deadlines, trials
+from experiments import deadlines
+from experiments import microbenchmarks as trials
 
 
 def test_deadlines_are_reported(digits_run, tmp_path, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from eejax import names
+from eejax.pretrained import names
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

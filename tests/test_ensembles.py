@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from eejax import margin, max_prob, policies, with_temperatures
-from eejax.ensembles import fit_ztw, mean_of_experts, product_of_experts, vote, ztw
-from eejax.metrics import softmax
-from eejax.routing import Trace, recorded, score
+from eejax.evaluation.metrics import softmax
+from eejax.evaluation.routing import score
+from eejax.policies.ensembles import fit_ztw, mean_of_experts, product_of_experts, vote, ztw
+from eejax.trace import Trace, recorded
 
 EXITS, CLASSES = 4, 5
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eejax import routing
-from eejax.guarantees import (
+from eejax import trace as eejax_trace
+from eejax.evaluation.routing import Scored, first_exit
+from eejax.selection.guarantees import (
     Candidates,
     certified,
     certify,
@@ -23,7 +24,7 @@ from eejax.guarantees import (
     per_exit_path,
     shared_path,
 )
-from eejax.routing import Scored, Trace, first_exit
+from eejax.trace import Trace
 
 COST = np.array([0.2, 0.45, 0.7, 1.0])
 PEOPLE = 20_000
@@ -39,7 +40,7 @@ def population(seed: int, count: int) -> tuple[Scored, Trace]:
     logits = random.normal(size=(count, 4, 3))
     ease = 0.5 + random.gamma(2.0, 1.0, (count, 1)) * np.array([1.0, 1.6, 2.2, 2.8])
     logits[np.arange(count), :, labels] += ease
-    trace = routing.recorded(logits, labels)
+    trace = eejax_trace.recorded(logits, labels)
     ordered = np.sort(trace.logits, axis=-1)
     return Scored(trace.logits, ordered[..., -1] - ordered[..., -2]), trace
 

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax import adapters, compact, cond, cost, heads, loop, max_prob
-from eejax.heads import Convolutional, Flat, Head, Hidden, Mixed, Pooled, Reduced, Tokens
-from eejax.inference import full
-from eejax.routing import collect, route, score
+from eejax import backbone, compact, cond, cost, loop, max_prob
+from eejax.evaluation.routing import route, score
+from eejax.inference.executors import full
+from eejax.models import heads
+from eejax.models.heads import Convolutional, Flat, Head, Hidden, Mixed, Pooled, Reduced, Tokens
+from eejax.trace import collect
 
 
 def some(*shape, seed=0):
@@ -271,7 +273,7 @@ class Mix(nn.Module):
 def cascade(head=None, exits=3):
     """Exits of which each head sees the one before."""
     head = head or Head(3, gate="features", cascaded=True)
-    return adapters.cut([Mix()] * exits, "all", lambda e: head)
+    return backbone.cut([Mix()] * exits, "all", lambda e: head)
 
 
 def drawn(network, images):
@@ -369,7 +371,7 @@ def test_larger_heads_cost_more_and_products_are_those_of_their_layers():
         network = cascade(Head(3, reader, **arguments), exits=2)
         image = jax.ShapeDtypeStruct((2, 8, 8, 6), jnp.float32)
         variables = jax.eval_shape(network.init, jax.random.key(0), image)
-        each = [count(network, variables, image) for count in (cost.macs, cost.layer_macs)]
+        each = [count(network, variables, image) for count in (cost.xla_macs, cost.macs)]
         np.testing.assert_array_equal(each[1].stages, [64 * 36] * 2)
         return [costs.heads for costs in each]
 

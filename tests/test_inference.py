@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from eejax import ExitOutput, compact, cond, full, gate, loop, predictor, sharded
+from eejax.evaluation.routing import route, score
 from eejax.network import EarlyExitNetwork, Module
-from eejax.policies import Policy
-from eejax.routing import collect, route, score
+from eejax.policies.base import Policy
+from eejax.trace import collect
 
 EXECUTORS = {"full": full, "cond": cond, "compact": compact, "loop": loop}
 NAMES = list(toys.POLICIES)

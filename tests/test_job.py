@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import cifar, loop
+from experiments.cifar import __main__ as cifar
+from experiments.train import loop
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import eejax
-from experiments import latency, latency_rows, latency_strategies, latency_subject
-from experiments.latency_flags import parse, rates_of
-from experiments.latency_reference import break_even
-from experiments.latency_subject import imposed, shares
+from experiments.latency import __main__ as latency
+from experiments.latency import rows as latency_rows
+from experiments.latency import strategies as latency_strategies
+from experiments.latency import subject as latency_subject
+from experiments.latency.flags import parse, rates_of
+from experiments.latency.reference import break_even
+from experiments.latency.subject import imposed, shares
 
 KEYS = {
     *("network", "strategy", "batch", "distribution", "ms", "spread", "full_ms", "full_best_ms"),

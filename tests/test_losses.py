@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax import losses
+from eejax.training import losses
 
 LOSSES = (losses.joint, losses.soft_literal, losses.soft_auxiliary, losses.soft_mixture)
 EXITS, BATCH, CLASSES = 3, 5, 4

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eejax import Routed, metrics
+from eejax import Routed
+from eejax.evaluation import metrics
 
 
 def logits_of(probabilities):
@@ -123,44 +124,44 @@ def test_a_curve_on_a_grid_of_costs():
 @given(seed=st.integers(0, 2**20), count=st.integers(1, 5), exits=st.integers(1, 3))
 def test_the_oracle_is_the_best_of_all_choices_of_exits(seed, count, exits):
     random = np.random.default_rng(seed)
-    right = random.random((count, exits)) < 0.5
+    correct = random.random((count, exits)) < 0.5
     cost = np.cumsum(random.integers(1, 4, exits)).astype(float)
     budget = random.uniform(cost[0], cost[-1] + 1)
     best = 0.0
     for choice in itertools.product(range(exits), repeat=count):
         if cost[list(choice)].mean() <= budget:
-            best = max(best, right[range(count), choice].mean())
-    assert metrics.oracle_accuracy(right, cost, budget) == pytest.approx(best)
+            best = max(best, correct[range(count), choice].mean())
+    assert metrics.oracle_accuracy(correct, cost, budget) == pytest.approx(best)
 
 
 def test_the_oracle_at_the_ends_of_its_budget():
-    right = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
+    correct = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
     cost = np.array([0.1, 0.2, 0.7])
-    assert metrics.first_right(right).tolist() == [0, 1, 2, 0]
-    mean = cost[metrics.first_right(right)].mean()
-    assert metrics.oracle_accuracy(right, cost, cost[0]) == 0.25
-    assert metrics.oracle_accuracy(right, cost, mean) == 0.75
-    assert metrics.oracle_accuracy(right, cost, mean - 1e-6) == 0.5
-    assert metrics.oracle_accuracy(right, cost, 10.0) == 0.75
+    assert metrics.first_correct(correct).tolist() == [0, 1, 2, 0]
+    mean = cost[metrics.first_correct(correct)].mean()
+    assert metrics.oracle_accuracy(correct, cost, cost[0]) == 0.25
+    assert metrics.oracle_accuracy(correct, cost, mean) == 0.75
+    assert metrics.oracle_accuracy(correct, cost, mean - 1e-6) == 0.5
+    assert metrics.oracle_accuracy(correct, cost, 10.0) == 0.75
     with pytest.raises(ValueError, match=r"first exit costs 0\.1 already"):
-        metrics.oracle_accuracy(right, cost, 0.09)
+        metrics.oracle_accuracy(correct, cost, 0.09)
     with pytest.raises(ValueError, match="positive and increasing"):
-        metrics.oracle_accuracy(right, cost[::-1], 1.0)
+        metrics.oracle_accuracy(correct, cost[::-1], 1.0)
     with pytest.raises(ValueError, match=r"give \[N, E\] and \[E\]"):
-        metrics.oracle_accuracy(right, cost[:2], 1.0)
+        metrics.oracle_accuracy(correct, cost[:2], 1.0)
 
 
 def test_exits_at_random_at_equal_rates():
     random = np.random.default_rng(3)
-    right = random.random((500, 3)) < [0.4, 0.6, 0.9]
+    correct = random.random((500, 3)) < [0.4, 0.6, 0.9]
     fractions = np.array([0.5, 0.2, 0.3])
-    expected = metrics.random_at_equal_rates(right, fractions)
+    expected = metrics.random_at_equal_rates(correct, fractions)
     drawn = random.choice(3, (2000, 500), p=fractions)
-    assert expected == pytest.approx(right[np.arange(500), drawn].mean(), abs=0.002)
-    assert metrics.random_at_equal_rates(right, np.array([0, 0, 1])) == right[:, 2].mean()
+    assert expected == pytest.approx(correct[np.arange(500), drawn].mean(), abs=0.002)
+    assert metrics.random_at_equal_rates(correct, np.array([0, 0, 1])) == correct[:, 2].mean()
     for wrong in ([0.5, 0.5], [0.5, 0.2, 0.2], [1.5, -0.5, 0]):
         with pytest.raises(ValueError, match="adding up to 1"):
-            metrics.random_at_equal_rates(right, np.array(wrong))
+            metrics.random_at_equal_rates(correct, np.array(wrong))
 
 
 def test_where_the_samples_of_each_class_leave():

@@ -9,13 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from eejax import compact, compaction, cond, cost, loop, losses, max_prob
+from eejax import compact, cond, cost, loop, max_prob
+from eejax.evaluation.routing import route, score
+from eejax.inference import compaction
 from eejax.models import FAMILIES
 from eejax.models.fast import Stem, fast
 from eejax.models.layers import convolved, shifted
 from eejax.models.resnet import resnet
-from eejax.policies import Policy
-from eejax.routing import recorded, route, score
+from eejax.policies.base import Policy
+from eejax.trace import recorded
+from eejax.training import losses
 
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 PUBLISHED = [
@@ -41,7 +44,7 @@ def test_full_networks_are_those_of_the_literature(family, published):
     variables = shapes(network, image)
     assert parameters(variables["params"]) == published.parameters
     if published.macs is not None:
-        found = cost.layer_macs(network, variables, image).cumulative[-1]
+        found = cost.macs(network, variables, image).cumulative[-1]
         assert found == pytest.approx(published.macs, rel=5e-3)
 
 
@@ -70,7 +73,7 @@ def test_exits_leave_the_backbone_as_it_is_and_costs_add_up(name):
     alone, every = shapes(few, image), shapes(many, image)
     early = parameters(every["params"]["heads"][:-1])
     assert parameters(every["params"]) == parameters(alone["params"]) + early
-    for count in (cost.macs, cost.layer_macs):
+    for count in (cost.xla_macs, cost.macs):
         whole, parts = count(few, alone, image), count(many, every, image)
         np.testing.assert_allclose(parts.stages.sum(), whole.stages[0], rtol=1e-6)
         assert parts.heads[-1] == whole.heads[0]
@@ -249,7 +252,7 @@ def test_resnet_56_costs_what_a_count_by_hand_gives():
         stride = 1 if width == 16 else 2
         by_hand += valid(side * stride, stride) ** 2 * before * width
         by_hand += 17 * valid(side) ** 2 * width * width
-    macs = cost.macs(network, shapes(network), IMAGE).cumulative[-1]
+    macs = cost.xla_macs(network, shapes(network), IMAGE).cumulative[-1]
     # XLA counts normalisation, ReLU and additions too, a few operations for each activation.
     assert by_hand < macs < 1.03 * by_hand
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import toys
 
-from eejax import EarlyExitNetwork, ExitOutput, Module, compaction, normalise
-from eejax.adapters import Chain, from_linen
-from eejax.heads import Head, Pooled
+from eejax import EarlyExitNetwork, ExitOutput, Module, normalise
+from eejax.backbone import Chain, from_linen
+from eejax.inference import compaction
+from eejax.models.heads import Head, Pooled
 from eejax.network import keep_variables
 
 

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax import Costs, EarlyExitNetwork, ExitOutput, for_budget, gate, max_prob, recorded, routing
-from eejax.adapters import from_linen
-from eejax.compaction import compact
+from eejax import Costs, EarlyExitNetwork, ExitOutput, for_budget, gate, max_prob, recorded
+from eejax import trace as eejax_trace
+from eejax.backbone import from_linen
 from eejax.cost import macs
+from eejax.evaluation import routing
+from eejax.inference.compaction import compact
 from eejax.network import keep_variables
-from eejax.placement import choose_exits, keep_trace, unchanged
-from eejax.policies import with_temperatures
+from eejax.policies.temperature import with_temperatures
+from eejax.selection.placement import choose_exits, keep_trace, unchanged
 
 
 def drawn(seed, count, exits):
@@ -24,8 +26,8 @@ def drawn(seed, count, exits):
     random = np.random.default_rng(seed)
     scores = random.normal(size=(count, 1)) + random.normal(size=(count, exits))
     chance = 1 / (1 + np.exp(-(1.5 * scores + np.linspace(0, 2, exits))))
-    right = random.uniform(size=(count, exits)) < chance
-    logits = 3.0 * np.stack([right, ~right], -1) + 0.1 * random.normal(size=(count, exits, 2))
+    correct = random.uniform(size=(count, exits)) < chance
+    logits = 3.0 * np.stack([correct, ~correct], -1) + 0.1 * random.normal(size=(count, exits, 2))
     costs = Costs(random.uniform(0.5, 1, exits), random.uniform(0, 0.3, exits))
     return recorded(logits, np.zeros(count, int), scores), costs
 
@@ -34,7 +36,7 @@ def in_a_loop(trace, costs, budget):
     """Accuracy and exits of every subset that keeps the budget; nothing shared with the library
     but the search for thresholds."""
     count, exits = trace.gates.shape
-    right = trace.logits.argmax(-1) == trace.labels[:, None]
+    correct = trace.logits.argmax(-1) == trace.labels[:, None]
     found = []
     for keep in itertools.product([False, True], repeat=exits - 1):
         kept = [e for e, kept in enumerate([*keep, True]) if kept]
@@ -45,7 +47,7 @@ def in_a_loop(trace, costs, budget):
                 spent += costs.heads[e]
                 cost.append(spent)
         if cost[0] <= budget:
-            choice = for_budget(trace.gates[:, kept], right[:, kept], np.array(cost), budget)
+            choice = for_budget(trace.gates[:, kept], correct[:, kept], np.array(cost), budget)
             found.append((round(choice.accuracy * count), kept))
     return found
 
@@ -125,9 +127,9 @@ def test_the_search_goes_on_from_all_exits_where_they_beat_what_it_found():
     count, exits = 64, 5
     group = np.arange(count) % 4
     # Exit e is sure, and right, of its own quarter; it scores the rest as low as it can.
-    right = np.concatenate([group[:, None] == np.arange(4), np.ones((count, 1), bool)], 1)
-    logits = np.stack([right, ~right], -1)
-    trace = recorded(logits, np.zeros(count, int), 1.0 * right)
+    correct = np.concatenate([group[:, None] == np.arange(4), np.ones((count, 1), bool)], 1)
+    logits = np.stack([correct, ~correct], -1)
+    trace = recorded(logits, np.zeros(count, int), 1.0 * correct)
     costs = Costs(np.array([1.0, 0.1, 0.1, 0.1, 10.0]), np.full(exits, 0.01))
     found = choose_exits(trace, unchanged(gate), costs, 1.3, exhaustive_up_to=1)
     assert found.whole is not None
@@ -137,10 +139,10 @@ def test_the_search_goes_on_from_all_exits_where_they_beat_what_it_found():
 
 def test_of_equals_the_fewest_exits_are_kept():
     trace, costs = drawn(9, 40, 3)
-    right = np.zeros((40, 3, 2))
-    right[..., 0] = 1
+    correct = np.zeros((40, 3, 2))
+    correct[..., 0] = 1
     found = choose_exits(
-        trace._replace(logits=right.astype(np.float32)), unchanged(gate), costs, 100.0
+        trace._replace(logits=correct.astype(np.float32)), unchanged(gate), costs, 100.0
     )
     assert found.exits == (2,)
     assert found.thresholds.shape == (0,)
@@ -192,7 +194,7 @@ def test_the_chosen_network_runs_in_an_executor_as_its_trace_says():
     images = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
     variables = jax.jit(network.init)(jax.random.key(0), images[:1])
     # The last exit is taken to be right, so that there is something to route for.
-    trace = routing.collect(network, variables, images, np.zeros(96, int), batch=96)
+    trace = eejax_trace.collect(network, variables, images, np.zeros(96, int), batch=96)
     trace = trace._replace(labels=trace.logits[:, -1].argmax(-1).astype(np.int32))
     costs = macs(network, variables, images)
     found = choose_exits(trace, unchanged(max_prob), costs, 0.7 * costs.cumulative[-1])

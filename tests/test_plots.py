@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from eejax import plots, reports
+from experiments.report import plots
+from experiments.report import reading as reports
 
 NAMES = ("max_prob", "entropy", "margin", "gate", "patience", "ensemble")
 
@@ -191,5 +192,8 @@ def test_mistakes_are_told(call: Any, message: str) -> None:
 
 def test_pyplot_is_not_imported() -> None:
     """Pyplot picks a backend and keeps every figure open."""
-    code = "import sys; from eejax import plots; assert 'matplotlib.pyplot' not in sys.modules"
+    code = (
+        "import sys; from experiments.report import plots; "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,9 +12,13 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eejax import entropy, gate, margin, max_prob, policies, routing, thresholds, with_temperatures
+from eejax import entropy, gate, margin, max_prob, policies, with_temperatures
+from eejax import trace as eejax_trace
+from eejax.evaluation import routing
 from eejax.network import ExitOutput
-from eejax.policies import Policy, confidence_threshold, threshold_confidence
+from eejax.policies.base import Policy
+from eejax.policies.confidence import confidence_threshold, threshold_confidence
+from eejax.selection import thresholds
 
 STATELESS = {"max_prob": max_prob, "margin": margin, "entropy": entropy}
 
@@ -219,22 +223,22 @@ def test_a_converted_confidence_stops_the_samples_that_have_it():
 
 def test_patience_counts_the_exits_in_a_row_that_gave_the_class_before():
     classes = np.array([[0, 0, 0, 1, 1], [2, 1, 2, 2, 2]])
-    trace = routing.recorded(np.eye(3)[classes], [0, 0])
+    trace = eejax_trace.recorded(np.eye(3)[classes], [0, 0])
     scored = routing.score(policies.patience, trace)
     assert scored.scores.tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 1, 2]]
     np.testing.assert_array_equal(scored.logits, trace.logits)
 
 
 def test_a_fixed_exit_is_the_best_single_one_within_the_budget():
-    right = np.random.default_rng(0).uniform(size=(200, 4)) < np.array([0.3, 0.7, 0.6, 0.9])
-    trace = routing.recorded(random_logits(0, 8, 1.0, 200).reshape(200, 4, 2), np.zeros(200))
+    correct = np.random.default_rng(0).uniform(size=(200, 4)) < np.array([0.3, 0.7, 0.6, 0.9])
+    trace = eejax_trace.recorded(random_logits(0, 8, 1.0, 200).reshape(200, 4, 2), np.zeros(200))
     scores = routing.score(policies.fixed, trace).scores
     cost = np.array([0.25, 0.5, 0.75, 1.0])
     for budget, best in ((0.3, 0), (0.6, 1), (0.8, 1), (1.0, 3)):
-        choice = thresholds.for_budget(scores, right, cost, budget)
+        choice = thresholds.for_budget(scores, correct, cost, budget)
         assert np.isinf(choice.thresholds).all()
         assert choice.mean_cost == cost[best]
-        assert choice.accuracy == right[:, best].mean()
+        assert choice.accuracy == correct[:, best].mean()
 
 
 def random_scores(logits, seed, e):
@@ -292,7 +296,7 @@ def test_an_exit_that_is_traced_is_the_same_exit(name):
     policy, exits = toys.POLICIES[name], 4
     logits = jnp.asarray(toys.some_images(1, exits * 5).reshape(exits, 5, toys.CLASSES))
     known = routing.score(
-        policy, routing.recorded(logits.swapaxes(0, 1), np.zeros(5), np.ones((5, exits)))
+        policy, eejax_trace.recorded(logits.swapaxes(0, 1), np.zeros(5), np.ones((5, exits)))
     )
 
     @jax.jit

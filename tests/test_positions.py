@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from eejax.adapters import cut
+from eejax.backbone import cut
+from eejax.exits import blocks_of
 from eejax.models.resnet import resnet
 from eejax.models.vgg import vgg
 from eejax.network import ExitOutput
-from eejax.positions import blocks_of
 
 
 def not_asked():

@@ -14,20 +14,18 @@ from eejax import (
     anytime,
     compact,
     cond,
-    dispatch,
     full,
     gate,
     host,
     loop,
-    packing,
     predictor,
     rebatched,
     stack,
     stream,
-    streaming,
 )
-from eejax.packing import Rows
-from eejax.policies import Policy
+from eejax.inference import dispatch, packing, streaming
+from eejax.inference.packing import Rows
+from eejax.policies.base import Policy
 
 EXITS = 4
 LIMITS = ([1.0, 2.0, 0.0], [np.inf] * 3, [-np.inf] * 3)

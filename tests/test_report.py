@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments import report as reports
-from experiments.report import Gallery
-from experiments.report_words import headline
+from experiments.report import report as reports
+from experiments.report.report import Gallery
+from experiments.report.words import headline
 
 CLASSES = ("airplane", "<script>alert('cat')</script>", 'the "bird" & co')
 VOID = {"meta", "img", "br", "link", "input", "hr"}

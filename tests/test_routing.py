@@ -10,8 +10,11 @@ import toys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eejax import collect, for_budget, gate, max_prob, metrics, recorded, route, score
-from eejax.routing import Scored, check_thresholds, read_trace, save_trace
+from eejax import collect, for_budget, gate, max_prob, recorded, route, score
+from eejax.evaluation import metrics
+from eejax.evaluation.routing import Scored
+from eejax.policies.base import check_thresholds
+from eejax.trace import read_trace, save_trace
 
 
 def one_by_one(scored, thresholds):
@@ -154,13 +157,13 @@ def test_a_trace_of_another_framework_goes_all_the_way(tmp_path, kind):
     np.testing.assert_array_equal(trace.ids, recorded(logits, labels).ids)
 
     scored, cost = score(max_prob, trace), np.array([0.25, 0.5, 1.0])
-    right = scored.predictions == labels[:, None]
-    choice = for_budget(scored.scores, right, cost, 0.625)
+    correct = scored.predictions == labels[:, None]
+    choice = for_budget(scored.scores, correct, cost, 0.625)
     result = metrics.outcome(route(scored, choice.thresholds), trace.labels, cost)
     assert (result.accuracy, result.mean_cost) == pytest.approx((choice.accuracy, choice.mean_cost))
     assert result.mean_cost <= 0.625
-    chance = metrics.random_at_equal_rates(right, result.exit_fractions)
-    assert chance < result.accuracy <= metrics.oracle_accuracy(right, cost, 0.625)
+    chance = metrics.random_at_equal_rates(correct, result.exit_fractions)
+    assert chance < result.accuracy <= metrics.oracle_accuracy(correct, cost, 0.625)
 
 
 def test_files_that_are_no_traces_are_refused(tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from eejax import max_prob, with_temperatures
-from eejax.routing import Trace, recorded, score
-from eejax.scheduler import Parameters, fit, scheduler
-from eejax.thresholds import evaluate, for_budget
+from eejax.evaluation.routing import score
+from eejax.policies.learned import Parameters, fit, scheduler
+from eejax.selection.thresholds import evaluate, for_budget
+from eejax.trace import Trace, recorded
 
 EXITS, CLASSES = 4, 10
 COST = np.array([0.25, 0.5, 0.75, 1.0])
@@ -20,9 +21,9 @@ def agreement(seed, count):
     """Confidence is noise; but exits that are right agree, and those that are wrong seldom do."""
     random = np.random.default_rng(seed)
     labels = random.integers(CLASSES, size=count)
-    right = random.uniform(size=(count, 1)) < [0.5, 0.6, 0.7, 0.8]
+    correct = random.uniform(size=(count, 1)) < [0.5, 0.6, 0.7, 0.8]
     wrong = (labels[:, None] + random.integers(1, CLASSES, size=(count, EXITS))) % CLASSES
-    said = np.where(right, labels[:, None], wrong)
+    said = np.where(correct, labels[:, None], wrong)
     logits = 0.3 * random.normal(size=(count, EXITS, CLASSES))
     logits += np.eye(CLASSES)[said] * random.uniform(2, 6, size=(count, EXITS, 1))
     return recorded(logits, labels)
@@ -48,8 +49,8 @@ def accuracy(policy, make, budget):
     labels = make(1, 1000).labels
     choice = for_budget(choosing.scores, choosing.predictions == labels[:, None], COST, budget)
     scored = score(policy, testing)
-    right = scored.predictions == testing.labels[:, None]
-    found = evaluate(scored.scores, right, COST, choice.thresholds)
+    correct = scored.predictions == testing.labels[:, None]
+    found = evaluate(scored.scores, correct, COST, choice.thresholds)
     assert abs(found.mean_cost - budget) < 0.03
     return found.accuracy
 

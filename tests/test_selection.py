@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toys
 
-from eejax import auto, cost, full, gate, predictor
+from eejax import auto, benchmark, full, gate, predictor
 
 THRESHOLDS = [2.0, 1.0, 0.0]
 
@@ -19,7 +19,7 @@ def choose(monkeypatch, batch, quickest, exits=4):
         times[quickest] = 0.001
         return times
 
-    monkeypatch.setattr(cost, "paired_seconds", seconds)
+    monkeypatch.setattr(benchmark, "paired_seconds", seconds)
     network = toys.shared_network(exits)
     variables = toys.variables(network, 1)
     images = toys.some_images(3, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eejax.significance import holm, interval_over_seeds, paired_bootstrap
+from eejax.evaluation.significance import holm, interval_over_seeds, paired_bootstrap
 
 
 def answers(seed, seeds, samples, gain=0.2):
@@ -16,11 +16,11 @@ def answers(seed, seeds, samples, gain=0.2):
     return easy + a + gain > -1, easy + b > -1
 
 
-def by_indices(right_a, right_b, seed, draws):
+def by_indices(correct_a, correct_b, seed, draws):
     """The bootstrap as it is defined: which samples and which seeds, drawn for every draw."""
     random = np.random.default_rng(seed)
-    seeds, samples = right_a.shape
-    d = right_a.astype(float) - right_b
+    seeds, samples = correct_a.shape
+    d = correct_a.astype(float) - correct_b
     means = []
     for _ in range(draws):
         rows = random.integers(0, seeds, seeds)
@@ -60,13 +60,13 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 
 def test_a_seed_that_moves_everything_widens_the_interval():
     """Each seed's networks differ by a great deal, and the samples not at all."""
-    right_b = np.ones((3, 400), bool)
-    right_a = np.repeat([[True], [True], [False]], 400, 1)
-    result = paired_bootstrap(right_a, right_b, 0)
+    correct_b = np.ones((3, 400), bool)
+    correct_a = np.repeat([[True], [True], [False]], 400, 1)
+    result = paired_bootstrap(correct_a, correct_b, 0)
     assert result[:3] == (pytest.approx(-1 / 3), -1, 0)
     # No difference is drawn where only the first two seeds are, with probability (2 / 3)^3.
     assert result.p == pytest.approx(2 * 8 / 27, abs=0.02)
-    alone = paired_bootstrap(right_a[:1], right_b[:1], 0)
+    alone = paired_bootstrap(correct_a[:1], correct_b[:1], 0)
     assert alone == (0, 0, 0, 1)
 
 

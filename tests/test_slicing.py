@@ -24,8 +24,9 @@ from sliced import (
 )
 
 from eejax import EarlyExitNetwork, compact, cond, cost, max_prob, sharded
-from eejax.routing import collect, route, score
-from eejax.slicing import LAST, cut_named, graft, stages, whole
+from eejax.adapters.slicing import LAST, cut_named, graft, stages, whole
+from eejax.evaluation.routing import route, score
+from eejax.trace import collect
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -91,7 +92,7 @@ def test_a_prefix_holds_what_its_exits_need_and_no_more():
     assert flops[2] == pytest.approx(flops_of(plain.compile()), rel=1e-3)
     # Before XLA has looked at it, the plain model still updates statistics that nobody wants.
     whole_cost = flops_of(plain) / 2 / len(images)
-    assert 0.98 * whole_cost < cost.macs(network, variables, images).stages.sum() <= whole_cost
+    assert 0.98 * whole_cost < cost.xla_macs(network, variables, images).stages.sum() <= whole_cost
 
 
 def test_what_comes_first_in_the_program_may_belong_to_a_late_stage():

@@ -21,8 +21,8 @@ from sliced import (
 )
 
 from eejax import Module
-from eejax.adapters import cut_linen
-from eejax.slicing import cut_named, graft, stages
+from eejax.adapters.linen import cut_linen
+from eejax.adapters.slicing import cut_named, graft, stages
 
 
 def in_scan(v, x):

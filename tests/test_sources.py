@@ -32,9 +32,10 @@ from made_data import (
     some,
 )
 
-from experiments import archives, data, prepared
-from experiments.archives import Archive
 from experiments.config import DataConfig, DatasetName
+from experiments.data import archives, prepared
+from experiments.data import splits as data
+from experiments.data.archives import Archive
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eejax import for_budget, for_drop, geometric, max_prob, recorded, route, score, thresholds
-from eejax.routing import first_exit
-from eejax.thresholds import evaluate, shared
+from eejax import for_budget, for_drop, geometric, max_prob, recorded, route, score
+from eejax.evaluation.routing import first_exit
+from eejax.selection import thresholds
+from eejax.selection.thresholds import evaluate, shared
 
 SLACK = 1 + 1e-9
 
@@ -26,35 +27,35 @@ def drawn(seed, count, exits, tied=False):
     scores = ease + random.normal(size=(count, exits))
     scores = np.round(2 * scores) if tied else scores
     chance = 1 / (1 + np.exp(-(1.5 * scores + np.linspace(0, 2, exits))))
-    right = random.uniform(size=(count, exits)) < chance
-    return scores.astype(np.float32), right, np.cumsum(random.uniform(0.2, 1, exits))
+    correct = random.uniform(size=(count, exits)) < chance
+    return scores.astype(np.float32), correct, np.cumsum(random.uniform(0.2, 1, exits))
 
 
-def every_choice(scores, right, cost):
+def every_choice(scores, correct, cost):
     """Accuracy and mean cost, `[K]` each, of all that thresholds can do to this trace."""
     positions = [np.append(np.inf, np.unique(scores[:, e])) for e in range(scores.shape[1] - 1)]
     choices = [
-        evaluate(scores, right, cost, np.array(t, np.float32))
+        evaluate(scores, correct, cost, np.array(t, np.float32))
         for t in itertools.product(*positions)
     ]
     return np.array([c.accuracy for c in choices]), np.array([c.mean_cost for c in choices])
 
 
-def one_by_one(scores, right, cost, limits):
+def one_by_one(scores, correct, cost, limits):
     """Accuracy and mean cost in a loop over samples."""
     hits, spent = 0, 0.0
     for n in range(len(scores)):
         e = 0
         while e < len(limits) and not scores[n, e] >= limits[e]:
             e += 1
-        hits += int(right[n, e])
+        hits += int(correct[n, e])
         spent += float(cost[e])
     return hits / len(scores), spent / len(scores)
 
 
-def assert_honest(choice, scores, right, cost):
+def assert_honest(choice, scores, correct, cost):
     """What a choice says of itself is what its thresholds do."""
-    accuracy, mean_cost = one_by_one(scores, right, cost, choice.thresholds)
+    accuracy, mean_cost = one_by_one(scores, correct, cost, choice.thresholds)
     assert choice.accuracy == pytest.approx(accuracy, abs=1e-12)
     assert choice.mean_cost == pytest.approx(mean_cost, rel=1e-12)
     assert choice.thresholds.dtype == np.float32
@@ -72,11 +73,11 @@ def test_a_budget_is_kept_and_nearly_always_spent_in_the_best_way():
     """Against brute force: never over budget, equal in 19 draws of 20, else one sample behind."""
     behind = []
     for seed, count, exits, tied in SMALL:
-        scores, right, cost = drawn(seed, count, exits, tied)
-        accuracies, costs = every_choice(scores, right, cost)
+        scores, correct, cost = drawn(seed, count, exits, tied)
+        accuracies, costs = every_choice(scores, correct, cost)
         for budget in np.linspace(cost[0], cost[-1], 5):
-            choice = for_budget(scores, right, cost, budget)
-            assert_honest(choice, scores, right, cost)
+            choice = for_budget(scores, correct, cost, budget)
+            assert_honest(choice, scores, correct, cost)
             assert choice.mean_cost <= budget * SLACK
             best = accuracies[costs <= budget * SLACK].max()
             behind.append(round((best - choice.accuracy) * count))
@@ -85,15 +86,15 @@ def test_a_budget_is_kept_and_nearly_always_spent_in_the_best_way():
     assert np.mean(np.array(behind) == 0) >= 0.95
 
 
-def exact_for_three_exits(scores, right, cost, budget):
+def exact_for_three_exits(scores, correct, cost, budget):
     """The highest accuracy within the budget: every first threshold, and for each every second."""
     best = 0.0
     for limit in np.append(np.inf, np.unique(scores[:, 0])):
         leaves = scores[:, 0] >= limit
         rest = np.flatnonzero(~leaves)
         rest = rest[np.argsort(-scores[rest, 1], kind="stable")]
-        gain = np.append(0, np.cumsum(right[rest, 1].astype(int) - right[rest, 2]))
-        hits = right[leaves, 0].sum() + right[rest, 2].sum() + gain
+        gain = np.append(0, np.cumsum(correct[rest, 1].astype(int) - correct[rest, 2]))
+        hits = correct[leaves, 0].sum() + correct[rest, 2].sum() + gain
         saved = np.arange(len(rest) + 1) * (cost[2] - cost[1])
         spent = leaves.sum() * cost[0] + len(rest) * cost[2] - saved
         edges = np.append(True, np.diff(scores[rest, 1]) != 0) if len(rest) else np.array([])
@@ -108,14 +109,14 @@ def test_larger_traces_with_a_bad_exit_are_near_the_exact_optimum():
     gets stuck. Of 200 samples at most 4 are lost, and nine times in ten none."""
     behind = []
     for seed in range(8):
-        scores, right, cost = drawn(seed, 200, 3, tied=seed % 3 == 2)
+        scores, correct, cost = drawn(seed, 200, 3, tied=seed % 3 == 2)
         random = np.random.default_rng(seed)
         scores[:, seed % 2] = random.normal(size=200).astype(np.float32)
         budgets = np.linspace(cost[0], cost[-1], 8)
         for budget, choice in zip(
-            budgets, thresholds.for_budgets(scores, right, cost, budgets), strict=True
+            budgets, thresholds.for_budgets(scores, correct, cost, budgets), strict=True
         ):
-            best = exact_for_three_exits(scores, right, cost, budget)
+            best = exact_for_three_exits(scores, correct, cost, budget)
             behind.append(round(200 * (best - choice.accuracy)))
     assert min(behind) == 0
     assert max(behind) <= 4
@@ -128,12 +129,12 @@ def test_a_drop_is_kept_and_nearly_always_bought_for_the_least():
     dearer by less than half a percent of the whole network."""
     dearer = []
     for seed, count, exits, tied in SMALL:
-        scores, right, cost = drawn(seed, count, exits, tied)
-        accuracies, costs = every_choice(scores, right, cost)
+        scores, correct, cost = drawn(seed, count, exits, tied)
+        accuracies, costs = every_choice(scores, correct, cost)
         for drop in (0.0, 0.1, 0.3, 1.0):
-            choice = for_drop(scores, right, cost, drop)
-            assert_honest(choice, scores, right, cost)
-            target = right[:, -1].mean() - drop - 1e-9
+            choice = for_drop(scores, correct, cost, drop)
+            assert_honest(choice, scores, correct, cost)
+            target = correct[:, -1].mean() - drop - 1e-9
             assert choice.accuracy >= target
             dearer.append((choice.mean_cost - costs[accuracies >= target].min()) / cost[-1])
     assert min(dearer) >= -1e-9
@@ -150,39 +151,39 @@ def test_a_drop_is_kept_and_nearly_always_bought_for_the_least():
     share=st.floats(0, 1),
 )
 def test_never_worse_than_a_shared_threshold_or_the_geometric_ones(seed, count, exits, tied, share):
-    scores, right, cost = drawn(seed, count, exits, tied)
+    scores, correct, cost = drawn(seed, count, exits, tied)
     budget = cost[0] + share * (cost[-1] - cost[0])
-    choice = for_budget(scores, right, cost, budget)
+    choice = for_budget(scores, correct, cost, budget)
     assert choice.mean_cost <= budget * SLACK
-    others = shared(scores, right, cost, 64)
+    others = shared(scores, correct, cost, 64)
     try:
-        others.append(geometric(scores, right, cost, budget))
+        others.append(geometric(scores, correct, cost, budget))
     except ValueError:
         assert tied or count < 200
     within = [c.accuracy for c in others if c.mean_cost <= budget * SLACK]
     assert choice.accuracy >= max(within, default=0)
     # And the same for an accuracy: nothing that is accurate enough is cheaper.
     drop = 0.05
-    choice = for_drop(scores, right, cost, drop)
-    grid = shared(scores, right, cost, 64)
-    fine = [c.mean_cost for c in grid if c.accuracy >= right[:, -1].mean() - drop]
+    choice = for_drop(scores, correct, cost, drop)
+    grid = shared(scores, correct, cost, 64)
+    fine = [c.mean_cost for c in grid if c.accuracy >= correct[:, -1].mean() - drop]
     assert choice.mean_cost <= min(fine, default=np.inf) * SLACK
 
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**20), exits=st.integers(2, 5), share=st.floats(0, 1))
 def test_geometric_hits_the_budget(seed, exits, share):
-    scores, right, cost = drawn(seed, 2000, exits)
+    scores, correct, cost = drawn(seed, 2000, exits)
     budget = cost[0] + share * (cost[-1] - cost[0])
-    choice = geometric(scores, right, cost, budget)
-    assert_honest(choice, scores, right, cost)
+    choice = geometric(scores, correct, cost, budget)
+    assert_honest(choice, scores, correct, cost)
     assert 0.98 * budget <= choice.mean_cost <= budget * SLACK
 
 
 def test_geometric_shares_are_geometric():
-    scores, right, _ = drawn(0, 5000, 4)
+    scores, correct, _ = drawn(0, 5000, 4)
     cost = np.arange(1.0, 5)
-    choice = geometric(scores, right, cost, 2.0)
+    choice = geometric(scores, correct, cost, 2.0)
     exits = np.bincount(first_exit(scores, choice.thresholds), minlength=4)
     ratios = exits[1:] / exits[:-1]
     np.testing.assert_allclose(ratios, ratios[0], rtol=0.01)
@@ -192,26 +193,26 @@ def test_geometric_shares_are_geometric():
 @given(seed=st.integers(0, 2**20), levels=st.integers(1, 4), share=st.floats(0, 1))
 def test_ties_meet_the_budget_or_are_refused_and_never_exceed_it(seed, levels, share):
     """Scores of a few values, of a quantised network, say."""
-    _, right, cost = drawn(seed, 60, 3)
+    _, correct, cost = drawn(seed, 60, 3)
     scores = np.random.default_rng(seed).integers(0, levels, (60, 3)).astype(np.float32)
     budget = cost[0] + share * (cost[-1] - cost[0])
-    assert for_budget(scores, right, cost, budget).mean_cost <= budget * SLACK
+    assert for_budget(scores, correct, cost, budget).mean_cost <= budget * SLACK
     try:
-        choice = geometric(scores, right, cost, budget)
+        choice = geometric(scores, correct, cost, budget)
     except ValueError:
         with pytest.raises(ValueError, match="cannot be hit"):
-            geometric(scores, right, cost, budget)
+            geometric(scores, correct, cost, budget)
     else:
         assert 0.98 * budget <= choice.mean_cost <= budget * SLACK
 
 
 def test_scores_all_equal_are_refused_between_all_and_nothing():
     scores = np.ones((50, 2), np.float32)
-    right = np.ones((50, 2), bool)
+    correct = np.ones((50, 2), bool)
     with pytest.raises(ValueError, match=r"1\.5 cannot be hit: the nearest below it is 1,"):
-        geometric(scores, right, np.array([1.0, 2.0]), 1.5)
-    assert geometric(scores, right, np.array([1.0, 2.0]), 1.0).mean_cost == 1
-    assert geometric(scores, right, np.array([1.0, 2.0]), 2.0).mean_cost == 2
+        geometric(scores, correct, np.array([1.0, 2.0]), 1.5)
+    assert geometric(scores, correct, np.array([1.0, 2.0]), 1.0).mean_cost == 1
+    assert geometric(scores, correct, np.array([1.0, 2.0]), 2.0).mean_cost == 2
 
 
 def test_a_network_that_is_too_sure_still_hits_its_budget():
@@ -225,15 +226,15 @@ def test_a_network_that_is_too_sure_still_hits_its_budget():
     logits = gap * np.eye(classes)[labels][:, None] + random.normal(size=(count, exits, classes))
     trace = recorded(logits, labels)
     cost = np.arange(1.0, 6)
-    right = np.ones((count, exits), bool)
+    correct = np.ones((count, exits), bool)
 
     probability = np.asarray(jax.nn.softmax(jnp.asarray(trace.logits)).max(-1))
     assert (probability == 1).all()
     with pytest.raises(ValueError, match="cannot be hit: the nearest below it is 1,"):
-        geometric(probability, right, cost, 3.0)
+        geometric(probability, correct, cost, 3.0)
 
     scored = score(max_prob, trace)
-    choice = geometric(scored.scores, right, cost, 3.0)
+    choice = geometric(scored.scores, correct, cost, 3.0)
     assert choice.mean_cost == pytest.approx(3.0, rel=0.01)
     assert cost[route(scored, choice.thresholds).exits].mean() == choice.mean_cost
 
@@ -241,11 +242,11 @@ def test_a_network_that_is_too_sure_still_hits_its_budget():
 def test_thresholds_lie_between_held_out_scores():
     """So that other rounding in another program moves nobody: half of the gap is kept."""
     for seed in range(6):
-        scores, right, cost = drawn(seed, 400, 4)
+        scores, correct, cost = drawn(seed, 400, 4)
         for choice in (
-            for_budget(scores, right, cost, cost.mean()),
-            for_drop(scores, right, cost, 0.02),
-            geometric(scores, right, cost, cost.mean()),
+            for_budget(scores, correct, cost, cost.mean()),
+            for_drop(scores, correct, cost, 0.02),
+            geometric(scores, correct, cost, cost.mean()),
         ):
             left = np.ones(len(scores), bool)
             for e, limit in enumerate(choice.thresholds):
@@ -261,19 +262,19 @@ def test_thresholds_lie_between_held_out_scores():
 def test_neighbouring_scores_in_float32_are_parted():
     one = np.float32(1)
     scores = np.array([[np.nextafter(one, np.float32(2)), 0], [one, 0]], np.float32)
-    right = np.array([[1, 0], [0, 1]], bool)
-    choice = for_budget(scores, right, np.array([1.0, 2.0]), 2.0)
+    correct = np.array([[1, 0], [0, 1]], bool)
+    choice = for_budget(scores, correct, np.array([1.0, 2.0]), 2.0)
     assert choice.accuracy == 1
     assert choice.mean_cost == 1.5
 
 
 def test_scores_in_float64_are_taken_as_the_executors_see_them():
     """Closer together than float32 tells apart, so that rounding decides on which side they are."""
-    _, right, cost = drawn(0, 300, 3)
+    _, correct, cost = drawn(0, 300, 3)
     scores = 1 + 1e-6 * np.random.default_rng(0).uniform(size=(300, 3))
     for budget in np.linspace(cost[0], cost[-1], 7):
-        choice = for_budget(scores, right, cost, budget)
-        seen = evaluate(scores.astype(np.float32), right, cost, choice.thresholds)
+        choice = for_budget(scores, correct, cost, budget)
+        seen = evaluate(scores.astype(np.float32), correct, cost, choice.thresholds)
         assert (choice.accuracy, choice.mean_cost) == (seen.accuracy, seen.mean_cost)
         assert seen.mean_cost <= budget * SLACK
 
@@ -282,100 +283,100 @@ def test_an_exit_that_is_not_worth_its_place_is_switched_off():
     """The first exit guesses, and its score means nothing."""
     random = np.random.default_rng(0)
     scores = random.normal(size=(500, 3)).astype(np.float32)
-    right = np.stack([np.zeros(500), np.ones(500), np.ones(500)], 1).astype(bool)
-    choice = for_drop(scores, right, np.array([1.0, 2.0, 3.0]), 0.0)
+    correct = np.stack([np.zeros(500), np.ones(500), np.ones(500)], 1).astype(bool)
+    choice = for_drop(scores, correct, np.array([1.0, 2.0, 3.0]), 0.0)
     assert choice.thresholds.tolist() == [np.inf, -np.inf]
     assert (choice.accuracy, choice.mean_cost) == (1, 2)
 
 
 def test_the_same_inputs_give_the_same_thresholds_in_any_unit_of_cost():
-    scores, right, cost = drawn(3, 300, 4)
-    first = for_budget(scores, right, cost, cost.mean())
+    scores, correct, cost = drawn(3, 300, 4)
+    first = for_budget(scores, correct, cost, cost.mean())
     for unit in (1.0, 2.0**40, 2.0**-20):
-        again = for_budget(scores, right, cost * unit, cost.mean() * unit)
+        again = for_budget(scores, correct, cost * unit, cost.mean() * unit)
         np.testing.assert_array_equal(again.thresholds, first.thresholds)
     np.testing.assert_array_equal(
-        for_drop(scores, right, cost, 0.01).thresholds,
-        for_drop(scores, right, cost, 0.01).thresholds,
+        for_drop(scores, correct, cost, 0.01).thresholds,
+        for_drop(scores, correct, cost, 0.01).thresholds,
     )
 
 
 def test_several_budgets_at_once_are_each_by_itself():
-    scores, right, cost = drawn(4, 200, 3)
+    scores, correct, cost = drawn(4, 200, 3)
     budgets = np.linspace(cost[0], cost[-1], 5)
-    together = thresholds.for_budgets(scores, right, cost, budgets)
+    together = thresholds.for_budgets(scores, correct, cost, budgets)
     for budget, choice in zip(budgets, together, strict=True):
-        alone = for_budget(scores, right, cost, budget)
+        alone = for_budget(scores, correct, cost, budget)
         np.testing.assert_array_equal(choice.thresholds, alone.thresholds)
     accuracies = [c.accuracy for c in together]
     assert accuracies[-1] > accuracies[0]
 
 
 def test_inputs_are_left_as_they_came():
-    scores, right, cost = drawn(5, 100, 3)
-    copies = scores.copy(), right.copy(), cost.copy()
-    for_budget(scores, right, cost, cost[1])
-    for_drop(scores, right, cost, 0.1)
-    geometric(scores, right, cost, cost[1])
-    for array, copy in zip((scores, right, cost), copies, strict=True):
+    scores, correct, cost = drawn(5, 100, 3)
+    copies = scores.copy(), correct.copy(), cost.copy()
+    for_budget(scores, correct, cost, cost[1])
+    for_drop(scores, correct, cost, 0.1)
+    geometric(scores, correct, cost, cost[1])
+    for array, copy in zip((scores, correct, cost), copies, strict=True):
         np.testing.assert_array_equal(array, copy)
 
 
 def test_arrays_of_jax_and_lists_of_costs_are_taken():
-    scores, right, cost = drawn(6, 50, 3)
-    expected = for_budget(scores, right, cost, cost[1])
-    other: list[Any] = [jnp.asarray(scores), jnp.asarray(right), cost.tolist(), cost[1]]
+    scores, correct, cost = drawn(6, 50, 3)
+    expected = for_budget(scores, correct, cost, cost[1])
+    other: list[Any] = [jnp.asarray(scores), jnp.asarray(correct), cost.tolist(), cost[1]]
     got = for_budget(*other)
     np.testing.assert_array_equal(got.thresholds, expected.thresholds)
 
 
 def test_one_exit_has_no_thresholds():
-    scores, right, cost = drawn(0, 10, 1)
+    scores, correct, cost = drawn(0, 10, 1)
     for choice in (
-        for_budget(scores, right, cost, cost[0]),
-        for_drop(scores, right, cost, 0.0),
-        geometric(scores, right, cost, cost[0]),
+        for_budget(scores, correct, cost, cost[0]),
+        for_drop(scores, correct, cost, 0.0),
+        geometric(scores, correct, cost, cost[0]),
     ):
-        assert_honest(choice, scores, right, cost)
+        assert_honest(choice, scores, correct, cost)
         assert choice.mean_cost == cost[0]
 
 
 def test_one_sample():
-    scores, right, cost = (
+    scores, correct, cost = (
         np.ones((1, 3), np.float32),
         np.array([[0, 1, 1]], bool),
         np.arange(1, 4.0),
     )
-    assert for_budget(scores, right, cost, 2.5).mean_cost == 2
-    assert for_drop(scores, right, cost, 0).mean_cost == 2
-    assert geometric(scores, right, cost, 1.0).mean_cost == 1
+    assert for_budget(scores, correct, cost, 2.5).mean_cost == 2
+    assert for_drop(scores, correct, cost, 0).mean_cost == 2
+    assert geometric(scores, correct, cost, 1.0).mean_cost == 1
 
 
 def test_many_exits_do_not_overflow():
-    scores, right, cost = drawn(0, 300, 80)
-    choice = geometric(scores, right, cost, cost.mean())
+    scores, correct, cost = drawn(0, 300, 80)
+    choice = geometric(scores, correct, cost, cost.mean())
     assert choice.mean_cost == pytest.approx(cost.mean(), rel=0.02)
 
 
 @pytest.mark.parametrize("search", [for_budget, geometric])
 def test_a_budget_that_no_exit_can_meet_is_refused(search):
-    scores, right, cost = drawn(0, 20, 3)
+    scores, correct, cost = drawn(0, 20, 3)
     for budget in (cost[0] * 0.99, -1, np.nan):
         with pytest.raises(ValueError, match="leaving at the first exit costs"):
-            search(scores, right, cost, budget)
+            search(scores, correct, cost, budget)
 
 
 @pytest.mark.parametrize("search", [for_budget, for_drop, geometric])
 def test_what_does_not_fit_is_refused(search):
-    scores, right, cost = drawn(0, 20, 3)
+    scores, correct, cost = drawn(0, 20, 3)
     bad = np.where(np.arange(20)[:, None] == 4, np.nan, scores)
     for wrong, message in (
-        ((scores[:, :2], right, cost), r"scores \(20, 2\), right \(20, 3\), cost \(3,\)"),
-        ((scores, right, cost[:2]), r"cost \(2,\); give \[N, E\]"),
-        ((scores[:0], right[:0], cost), "an empty trace"),
-        ((bad, right, cost), "NaN or infinity"),
-        ((scores, right, cost[::-1]), "give cumulative costs, positive and increasing"),
-        ((scores, right, cost - cost[0]), "give cumulative costs, positive and increasing"),
+        ((scores[:, :2], correct, cost), r"scores \(20, 2\), correct \(20, 3\), cost \(3,\)"),
+        ((scores, correct, cost[:2]), r"cost \(2,\); give \[N, E\]"),
+        ((scores[:0], correct[:0], cost), "an empty trace"),
+        ((bad, correct, cost), "NaN or infinity"),
+        ((scores, correct, cost[::-1]), "give cumulative costs, positive and increasing"),
+        ((scores, correct, cost - cost[0]), "give cumulative costs, positive and increasing"),
     ):
         with pytest.raises(ValueError, match=message):
             search(*wrong, 10.0)

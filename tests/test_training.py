@@ -15,13 +15,14 @@ import optax
 import pytest
 from rich.console import Console
 
-from eejax import losses, training
-from eejax.adapters import cut
-from eejax.heads import Head
+from eejax import training
+from eejax.backbone import cut
+from eejax.models.heads import Head
 from eejax.models.layers import Norm
 from eejax.network import normalise
-from experiments import loop
-from experiments.data import Split
+from eejax.training import losses
+from experiments.data.splits import Split
+from experiments.train import loop
 
 CLASSES, BATCH = 3, 16
 
@@ -112,7 +113,7 @@ def test_every_loss_learns_an_easy_task(loss):
     for _ in range(29):
         state, metrics = step(state, images, labels)
     assert float(metrics.loss) < 0.6 * float(first.loss)
-    assert int(metrics.right[-1]) >= 60
+    assert int(metrics.correct[-1]) >= 60
     assert int(state.step) == 30
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from eejax.models import FAMILIES
-from experiments import cifar, cli, compare_cli, models, zoo
+from experiments import models
+from experiments.cifar import __main__ as cifar
+from experiments.cifar import cli
+from experiments.compare import cli as compare_cli
 from experiments.config import Config, NetworkConfig, check
+from experiments.train import zoo
 
 DOCS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
 

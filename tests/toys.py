@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eejax import ensembles, policies, routing, scheduler
+from eejax import policies
+from eejax import trace as eejax_trace
+from eejax.evaluation import routing
 from eejax.network import EarlyExitNetwork, ExitOutput, Module
-from eejax.policies import Policy
+from eejax.policies import ensembles
+from eejax.policies import learned as scheduler
+from eejax.policies.base import Policy
 
 CLASSES = 3
 WIDTH = 4
@@ -205,7 +209,7 @@ EXACT = ("gate", "patience", "running sum", "running sum, temperatures", "fixed"
 def reference(name, network, seed, thresholds, images):
     """By `routing`: where each image leaves, with the variables of that seed, and its answer."""
     labels = np.zeros(len(images), int)
-    trace = routing.collect(network, variables(network, seed), images, labels)
+    trace = eejax_trace.collect(network, variables(network, seed), images, labels)
     return routing.route(routing.score(POLICIES[name], trace), thresholds)
 
 

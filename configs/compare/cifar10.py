@@ -7,7 +7,7 @@ and twenty minutes of training on a busy machine, then choosing thresholds in tw
 minutes, and timing in one and a half.
 """
 
-from experiments.compare_config import Comparison, TargetsConfig
+from experiments.compare.config import Comparison, TargetsConfig
 from experiments.config import DataConfig, NetworkConfig, TrainConfig
 
 config = Comparison(

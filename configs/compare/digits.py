@@ -6,12 +6,7 @@ Four minutes on two cores (4 min 1 s, AMD EPYC, jax 0.10.2, 2026-11-21; again fr
 14 s). With 449 test images a difference under two points is noise; it shows that everything works.
 """
 
-from experiments.compare_config import (
-    Comparison,
-    DriftConfig,
-    GuaranteeConfig,
-    TargetsConfig,
-)
+from experiments.compare.config import Comparison, DriftConfig, GuaranteeConfig, TargetsConfig
 from experiments.config import DataConfig, NetworkConfig, TrainConfig
 
 config = Comparison(

@@ -14,12 +14,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from eejax.adapters import Chain, cut
-from eejax.heads import Head
+from eejax.backbone import Chain, cut
+from eejax.exits import Exits
 from eejax.models.family import Family
+from eejax.models.heads import Head
 from eejax.models.layers import Norm, check_patches, check_size
 from eejax.network import EarlyExitNetwork
-from eejax.positions import Exits
 
 
 class Patches(nn.Module):

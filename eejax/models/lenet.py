@@ -14,12 +14,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from eejax.adapters import cut
-from eejax.heads import Flat, Head, Hidden, Mixed
+from eejax.backbone import cut
+from eejax.exits import Exits
 from eejax.models.family import Family, Published
+from eejax.models.heads import Flat, Head, Hidden, Mixed
 from eejax.models.layers import check_size, halved, he_in
 from eejax.network import EarlyExitNetwork
-from eejax.positions import Exits
 
 
 class Block(nn.Module):

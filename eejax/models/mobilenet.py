@@ -16,12 +16,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from eejax.adapters import cut
-from eejax.heads import Head, Pooled
+from eejax.backbone import cut
+from eejax.exits import Exits
 from eejax.models.family import Family, Published
+from eejax.models.heads import Head, Pooled
 from eejax.models.layers import Depthwise, Norm, check_size, convolution, small_image
 from eejax.network import EarlyExitNetwork
-from eejax.positions import Exits
 
 
 class ConvNorm(nn.Module):

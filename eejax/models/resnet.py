@@ -15,12 +15,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from eejax.adapters import Chain, cut
-from eejax.heads import Head
+from eejax.backbone import Chain, cut
+from eejax.exits import Exits
 from eejax.models.family import Family, Published
+from eejax.models.heads import Head
 from eejax.models.layers import Norm, check_size, convolution, shrink, small_image
 from eejax.network import EarlyExitNetwork
-from eejax.positions import Exits
 
 
 class Stem(nn.Module):

@@ -14,12 +14,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from eejax.adapters import cut
-from eejax.heads import Flat, Head, Hidden, Mixed, Pooled
+from eejax.backbone import cut
+from eejax.exits import Exits
 from eejax.models.family import Family, Published
+from eejax.models.heads import Flat, Head, Hidden, Mixed, Pooled
 from eejax.models.layers import Norm, check_size, halved, he_in
 from eejax.network import EarlyExitNetwork
-from eejax.positions import Exits
 
 GROUPS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eejax.adapters import Chain, cut
-from eejax.heads import Head, Tokens
+from eejax.backbone import Chain, cut
+from eejax.exits import Exits
 from eejax.models.family import Family, Published
+from eejax.models.heads import Head, Tokens
 from eejax.models.layers import check_patches, check_size
 from eejax.network import EarlyExitNetwork
-from eejax.positions import Exits
 
 SIZES = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12)}
 

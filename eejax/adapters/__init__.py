@@ -1,0 +1,6 @@
+"""Models that are already there, cut at named values, as networks with early exits."""
+
+from eejax.adapters.linen import cut_linen
+from eejax.adapters.nnx import cut_nnx, nnx_variables, update_nnx
+
+__all__ = ["cut_linen", "cut_nnx", "nnx_variables", "update_nnx"]

@@ -1,0 +1,82 @@
+"""Adapters: modules that somebody already has, as the pairs of pure functions of `network`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from eejax.adapters import slicing
+from eejax.network import EarlyExitNetwork, Module, PyTree, Variables
+
+if TYPE_CHECKING:
+    pass
+from eejax.backbone import from_linen
+
+
+def cut_linen(
+    module: nn.Module,
+    at: Sequence[str],
+    heads: Callable[[int], nn.Module | Module],
+    image: jax.ShapeDtypeStruct,
+    call: Callable[[Any, Array, bool], Any] = lambda m, x, train: m(x, train=train),
+) -> EarlyExitNetwork:
+    """A Flax Linen model that was not written for exits, with one at each of K named values.
+
+    What a submodule returns is named by its path, `"layer3"` or `"encoder/block_2"`, what is sown
+    into `"intermediates"` by the path there, and `jax.ad_checkpoint.checkpoint_name` names anything
+    else. Parts of what a submodule returns are `"path[0]"`, `"path['key']"` and so on.
+
+    No key for `"dropout"` comes here: in training a module that asks for one fails with Flax's own
+    message, unless `call` calls it with `deterministic=True`.
+
+    Args:
+      module: the model; its own answer, logits `[B, C]`, is the last exit.
+      at: K names, in the order in which they are computed; a wrong one is answered with them all.
+      heads: `heads(e)` makes the head of exit e, 0-based, for the first K of them.
+      image: shape and dtype of one image, without the batch.
+      call: how the model is called, `call(module, images, train)`.
+
+    Returns:
+      K + 1 exits. Their variables are drawn anew; `slicing.graft` puts a trained model's in.
+
+    Raises:
+      ValueError: as for `slicing.stages`.
+    """
+
+    def tagged(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        output = run(*args, **kwargs)
+        if context.method_name != "__call__" or not context.module.path:
+            return output
+        return tag(output, "/".join(context.module.path))
+
+    def init(key: Array, images: Array) -> Variables:
+        return module.init(key, images, False, method=call)
+
+    def apply(variables: Variables, images: Array, *, train: bool) -> tuple[Any, PyTree]:
+        stats = variables.get("batch_stats", {})
+        mutable = ["intermediates", *(["batch_stats"] if train and stats else [])]
+        with nn.intercept_methods(tagged):
+            output, updated = module.apply(variables, images, train, method=call, mutable=mutable)
+        sown: dict[str, Any] = flatten_dict(updated.get("intermediates", {}), sep="/")
+        for path, values in sown.items():
+            tag(values[0] if len(values) == 1 else values, path)
+        return output, updated.get("batch_stats", stats)
+
+    return slicing.cut_named(Module(init, apply), at, lambda e: as_module(heads(e)), image)
+
+
+def as_module(head: nn.Module | Module) -> Module:
+    return head if isinstance(head, Module) else from_linen(head)
+
+
+def tag(output: PyTree, name: str) -> PyTree:
+    """The same, each array in it named."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: checkpoint_name(x, name + jax.tree_util.keystr(path)), output
+    )

@@ -1,0 +1,135 @@
+"""Flax NNX models, cut at named values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from eejax.adapters import slicing
+from eejax.adapters.linen import as_module, tag
+from eejax.network import EarlyExitNetwork, Module, PyTree, Variables
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+
+def cut_nnx(
+    model: nnx.Module,
+    at: Sequence[str],
+    heads: Callable[[int], nn.Module | Module],
+    image: jax.ShapeDtypeStruct,
+    call: Callable[[Any, Array, bool], Any] = lambda m, x, train: m(x),
+) -> EarlyExitNetwork:
+    """A Flax NNX model that was not written for exits, with one at each of K named values.
+
+    What a submodule returns is named by its path, `"stem"` or `"blocks/2"`, as in `cut_linen`; so
+    are the heads, which are Linen modules or pairs of functions. `Param` and `BatchStat` are
+    carried; all else that the model holds stays as it is now.
+
+    Args:
+      model: is copied and stays as it is; its own answer, logits `[B, C]`, is the last exit.
+      at: K names, in the order in which they are computed; a wrong one is answered with them all.
+      heads: `heads(e)` makes the head of exit e, 0-based, for the first K of them.
+      image: shape and dtype of one image, without the batch.
+      call: how the model is called, `call(model, images, train)`, after `model.train()` or
+        `model.eval()`.
+
+    Returns:
+      K + 1 exits. `init` gives the model's own variables to the stages and draws the heads'.
+
+    Raises:
+      ValueError: as for `slicing.stages`; when trained, also a model that changes state of another
+        kind, as dropout does.
+    """
+    from flax import nnx  # takes a while to import, and only this needs it
+
+    definition, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    initial = nnx_variables(model)
+
+    def init(key: Array, images: Array) -> Variables:
+        del key, images
+        return jax.tree.map(jnp.array, initial)  # a step may donate its copy
+
+    def apply(variables: Variables, images: Array, *, train: bool) -> tuple[Any, PyTree]:
+        before = variables.get("batch_stats", {})
+        own = _filled(params, variables["params"]), _filled(stats, before)
+        fresh = nnx.merge(definition, *own, jax.tree.map(lambda x: x, rest))
+        for path, part in list(nnx.iter_modules(fresh)):
+            if path and callable(part):
+                part.__class__ = _tagging_class(type(part), "/".join(map(str, path)))
+        fresh.train() if train else fresh.eval()
+        output = call(fresh, images, train)
+        _, _, after, others = nnx.split(fresh, nnx.Param, nnx.BatchStat, ...)
+        kept = dict(nnx.to_flat_state(rest))
+        for path, state in nnx.to_flat_state(others):
+            if path in kept and state.get_value() is not kept[path].get_value():
+                raise ValueError(
+                    f"the model changes its {type(state).__name__} {'/'.join(map(str, path))}, and "
+                    "only Param and BatchStat are carried; switch off in `call` what does so "
+                    "(dropout, say)."
+                )
+        return output, _with_strings(nnx.to_pure_dict(after)) if train else before
+
+    return slicing.cut_named(Module(init, apply), at, lambda e: as_module(heads(e)), image)
+
+
+def nnx_variables(model: nnx.Module) -> dict[str, Any]:
+    """An NNX model's `Param` and `BatchStat` as nested dicts of arrays, whose keys are strings."""
+    from flax import nnx
+
+    return {
+        "params": _with_strings(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
+        "batch_stats": _with_strings(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))),
+    }
+
+
+def update_nnx(model: nnx.Module, variables: Variables) -> None:
+    """Writes the variables of a network that `cut_nnx` made back into the model, in its dtypes.
+
+    Raises:
+      ValueError: they are not that model's.
+    """
+    from flax import nnx
+
+    slicing.graft(variables, nnx_variables(model))  # do they fit?
+    found = slicing.whole(variables)
+    for of, collection in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
+        own = nnx.state(model, of)
+        new = _filled(own, found.get(collection, {}))
+        nnx.update(model, jax.tree.map(lambda x, o: x.astype(o.dtype), new, own))
+
+
+@functools.cache
+def _tagging_class(of: type, name: str) -> type:
+    """The class of an NNX module that names what it returns."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return tag(of.__call__(self, *args, **kwargs), name)
+
+    return type(of.__name__, (of,), {"__call__": __call__})
+
+
+def _with_strings(tree: Any) -> Any:
+    """Nested dicts with strings for keys: neither Orbax nor `jax.export` takes numbers."""
+    if not isinstance(tree, dict):
+        return tree
+    return {str(k): _with_strings(v) for k, v in tree.items()}
+
+
+def _filled(state: Any, tree: Any) -> Any:
+    """An NNX state with the values of a nested dict."""
+
+    def value(path: Sequence[Any], _: Any) -> Any:
+        found = tree
+        for key in path:
+            if isinstance(key, jax.tree_util.DictKey):
+                found = found[str(key.key)]
+        return found
+
+    return jax.tree_util.tree_map_with_path(value, state)

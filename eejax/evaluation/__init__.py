@@ -1,0 +1,1 @@
+"""What recorded traces are worth: the reference routing, figures, significance."""

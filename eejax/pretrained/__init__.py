@@ -1,0 +1,1 @@
+"""Trained weights of other libraries, converted into a network's variables."""

@@ -1,0 +1,195 @@
+"""Weights that somebody already has, from a PyTorch network of the same architecture.
+
+What is read is a `.safetensors` file or a dict of NumPy arrays, and never a pickle. Where the other
+network keeps what ours holds is a table of `names`.
+
+    network = resnet_imagenet(1000, image=(224, 224, 3), depth=50, exits=(0.25, 0.5, 0.75))
+    variables = jax.jit(network.init)(jax.random.key(0), images[:1])
+    variables = convert.load(variables, "resnet50.safetensors", names.torchvision_resnet(50))
+
+The early heads keep what they have. In the process that has PyTorch, a file is made by
+`safetensors.torch.save_file(model.state_dict(), "resnet50.safetensors")`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from eejax.network import Variables
+from eejax.pretrained.names import Names
+
+KeyPath = tuple[Any, ...]
+_PARALLEL = "module."
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+def load(
+    variables: Variables,
+    source: str | Path | Mapping[str, Any],
+    names: Names,
+    *,
+    classifier: bool = True,
+) -> Variables:
+    """The network's variables with the weights of `source` in the backbone and the last head.
+
+    Args:
+      variables: as `network.init` gives, of a network cut by `adapters.cut`, anywhere.
+      source: a `.safetensors` file, or arrays by name, as `state_dict()` has them. Of `module.`
+        before every name, which PyTorch's DataParallel leaves there, nothing is read.
+      names: what is called what there.
+      classifier: take the last head too; without it it stays as it is, for other classes.
+
+    Returns:
+      The same tree of JAX arrays; the dtypes stay those of `variables`.
+
+    Raises:
+      ValueError: a name that is not there, a shape that does not fit, or weights that are there and
+        have no place here. Nothing is taken by halves. Arrays of integers, counters and tables of
+        positions, are no weights: those without a place are passed over.
+      OSError: the file cannot be read.
+    """
+    arrays = dict(source) if isinstance(source, Mapping) else read(source)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    if all(name.startswith(_PARALLEL) for name in arrays):
+        arrays = {name.removeprefix(_PARALLEL): array for name, array in arrays.items()}
+    arrays = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    of = parameter_names(variables, names)
+    wanted = {path: name for path, name in of.items() if classifier or not _is_head(path)}
+    missing = sorted(set(wanted.values()) - set(arrays))
+    left = sorted(set(arrays) - set(of.values()))
+    if missing or left:
+        found = [
+            f"{len(each)} {what} ({', '.join(each[:3])}{', ...' if len(each) > 3 else ''})"
+            for each, what in ((missing, "not there"), (left, "with no place here"))
+            if each
+        ]
+        prefix = _prefix(arrays, set(of.values()), set(wanted.values()))
+        if prefix:
+            raise ValueError(
+                f"weights with {prefix!r} before every name, without which they would fit; give "
+                f"{{name.removeprefix({prefix!r}): array for name, array in arrays.items()}}, "
+                "where arrays = convert.read(path) for a file."
+            )
+        raise ValueError(
+            f"weights of another network: {'; '.join(found)}. Make the network with the depth and "
+            "options that they were trained with."
+        )
+
+    def take(path: KeyPath, ours: Any) -> Any:
+        if path not in wanted:
+            return jnp.asarray(ours)
+        theirs = _in_our_order(arrays[wanted[path]], path)
+        if theirs.shape != ours.shape:
+            hint = ""
+            if _is_head(path):
+                hint = "; classifier=False leaves the last head as it is"
+            elif path[-1].key == "pos_embed":
+                hint = "; make the network for the image size that it was trained on"
+            raise ValueError(
+                f"{wanted[path]}: {theirs.shape} there and {tuple(ours.shape)} here, in our order "
+                f"of axes{hint}."
+            )
+        return jnp.asarray(theirs.astype(ours.dtype))
+
+    return jax.tree_util.tree_map_with_path(take, variables)
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a `.safetensors` file by name.
+
+    Raises:
+      ValueError: a file of another kind. A `.pt`, `.pth` or `.bin` file is a pickle, which can run
+        any code when it is read.
+      OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path}: not a .safetensors file. Where PyTorch is, write one by "
+            "safetensors.torch.save_file(model.state_dict(), path); or give a dict of arrays."
+        )
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parameter_names(variables: Variables, names: Names) -> dict[KeyPath, str]:
+    """For each of our leaves, by its path in `variables`, the name that it has in the source.
+
+    Raises:
+      ValueError: the network has another number of blocks than the table.
+    """
+    blocks = _blocks(variables["params"]["stages"], (jax.tree_util.DictKey("stages"),))
+    if len(blocks) != len(names.blocks):
+        raise ValueError(
+            f"a network of {len(blocks)} blocks, and names for {len(names.blocks)}; give both the "
+            "same depth."
+        )
+    prefixes = dict(zip(blocks, names.blocks, strict=True))
+    heads = len(variables["params"]["heads"])
+    found = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(variables):
+        inside = path[1:]
+        if _is_head(path):
+            number = inside[1].idx
+            if number < heads - 1 and not names.exits:
+                continue
+            prefix = "head" if number == heads - 1 else f"exit.{number}"
+            size = 2
+        else:
+            size = next(n for n in range(len(inside)) if inside[:n] in prefixes)
+            prefix = prefixes[inside[:size]]
+        name = ".".join([*([prefix] if prefix else []), *_words(inside[size:])])
+        for pattern, replacement in names.rename:
+            name = re.sub(pattern, replacement, name)
+        found[path] = name
+    return found
+
+
+def _prefix(arrays: Mapping[str, Any], places: set[str], wanted: set[str]) -> str:
+    """What stands before every name, if without it they would fit; else nothing."""
+    parts = next(iter(arrays), "").split(".")
+    for i in range(1, len(parts)):
+        prefix = ".".join(parts[:i]) + "."
+        inside = {name.removeprefix(prefix) for name in arrays if name.startswith(prefix)}
+        if len(inside) == len(arrays) and wanted <= inside <= places:
+            return prefix
+    return ""
+
+
+def _blocks(tree: Any, path: KeyPath) -> list[KeyPath]:
+    """The path of each block, in order. Chains, nested or not, are what holds blocks."""
+    if isinstance(tree, tuple):
+        children = [(jax.tree_util.SequenceKey(i), child) for i, child in enumerate(tree)]
+    elif tree and all(re.fullmatch(r"blocks_\d+", key) for key in tree):
+        keys = sorted(tree, key=lambda key: int(key.removeprefix("blocks_")))
+        children = [(jax.tree_util.DictKey(key), tree[key]) for key in keys]
+    else:
+        return [path]
+    return [found for key, child in children for found in _blocks(child, (*path, key))]
+
+
+def _is_head(path: KeyPath) -> bool:
+    return path[1].key == "heads"
+
+
+def _words(path: KeyPath) -> list[str]:
+    # `layers.Norm` wraps a BatchNorm, which PyTorch's names do not show.
+    words = [str(key.key) for key in path if key.key != "BatchNorm_0"]
+    return [*words[:-1], _LEAVES.get(words[-1], words[-1])]
+
+
+def _in_our_order(theirs: np.ndarray, path: KeyPath) -> np.ndarray:
+    """PyTorch has the outputs first; convolutions `[O, I, H, W]`, ours are `[H, W, I, O]`."""
+    if path[-1].key != "kernel":
+        return theirs
+    return theirs.transpose(2, 3, 1, 0) if theirs.ndim == 4 else theirs.T

@@ -1,0 +1,227 @@
+"""Wall-clock time of what is compared: one interleaved run of every contender on the same images.
+
+Everything that a user pays for is inside the timer: dispatch, heads, scores, gathering, transfers,
+fetching the answer. Nothing else of the comparison runs meanwhile.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from eejax import benchmark, cost
+from eejax.cascades import cascade, cascade_variables
+from eejax.evaluation import metrics
+from eejax.evaluation.routing import route, score
+from eejax.inference.compaction import compact
+from eejax.inference.predictors import Predictor, predictor
+from eejax.network import EarlyExitNetwork, Variables, keep_variables
+from eejax.policies.base import Policy
+from eejax.selection.placement import Placement, choose_exits, keep_trace
+from experiments.compare import cells as compare_cells
+from experiments.compare.cells import Cell
+from experiments.compare.choose import CASCADE, Subject, subject_traces
+from experiments.compare.policies import fitted
+from experiments.data.cache import replacing
+from experiments.evaluate import timing
+from experiments.report.environment import PACKAGES, circumstances
+
+FORMAT = 2  # raise it when what is measured, or how, changes
+BATCHES = 4
+
+
+class Contender(NamedTuple):
+    """Something to be timed.
+
+    Attributes:
+      row: what the report says of it; times are added to it.
+      cells: its networks, in order; more than one is a cascade.
+      keep: exits that are kept of the network, or None for all.
+      policy: what decides, or None for a plain network.
+      thresholds: of the policy.
+    """
+
+    row: dict[str, Any]
+    cells: tuple[Cell, ...]
+    keep: tuple[int, ...] | None
+    policy: str | None
+    thresholds: tuple[float, ...]
+
+
+def unit_ms(cell: Cell, workdir: Path, batch: int, repeats: int) -> cost.Costs:
+    """Measured milliseconds of each stage and head for a batch, kept for the next time."""
+
+    def measure() -> Any:
+        images = jnp.asarray(compare_cells.dataset(cell.data).test.images[:batch])
+        network = compare_cells.network(cell.network, cell.ends_at, cell.data)
+        found = benchmark.seconds(network, compare_cells.trained(cell, workdir), images, repeats)
+        return [(1e3 * part).tolist() for part in found]
+
+    found = _kept(workdir, "units", [cell.key, batch, repeats], measure)
+    return cost.Costs(*map(np.asarray, found))
+
+
+def timed(
+    contenders: Sequence[Contender], units: cost.Costs, workdir: Path, batch: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Each contender's row with `ms` a batch, `spread`, and what follows from them; the first
+    contender is the plain network that the others are set beside.
+
+    A plain network is compiled in whichever way is quicker and hands over its labels; a policy's
+    predictor is compiled in one way, and hands over labels, exits and logits. Both are against
+    early exits.
+
+    Args:
+      contenders: at least one.
+      units: of `unit_ms`, what stages and heads weigh against each other, the same for all regimes.
+      workdir: of the comparison.
+      batch: images a call, of executor `compact`.
+      repeats: interleaved passes over the batches; the median counts.
+    """
+    words = [[c.row, [x.key for x in c.cells], *c[2:]] for c in contenders]
+    made_of = [words, batch, repeats, [part.tolist() for part in units]]
+    return _kept(
+        workdir, "times", made_of, lambda: _timed(contenders, units, workdir, batch, repeats)
+    )
+
+
+def _timed(
+    contenders: Sequence[Contender], units: cost.Costs, workdir: Path, batch: int, repeats: int
+) -> list[dict[str, Any]]:
+    images = compare_cells.dataset(contenders[0].cells[0].data).test.images
+    count = min(BATCHES, len(images) // batch)
+    pieces = [images[i * batch : (i + 1) * batch] for i in range(count)]
+    ready: dict[Any, Predictor] = {}  # one program serves all thresholds
+    made = [_calls(contender, workdir, pieces, ready) for contender in contenders]
+    every = [call for calls, _ in made for call in calls]
+    each = iter(1e3 * benchmark.paired_seconds(every, repeats) / count)
+    # A plain network in each way that it can be compiled: the quickest counts.
+    times = np.stack([min(itertools.islice(each, len(c)), key=np.median) for c, _ in made])
+    middle = np.median(times, axis=1)
+    low, high = np.quantile(times, (0.25, 0.75), axis=1)
+    rows = []
+    for i, (contender, (_, leave)) in enumerate(zip(contenders, made, strict=True)):
+        row: dict[str, Any] = {
+            **contender.row,
+            "strategy": "compact" if contender.policy else "plain",
+            "batch": batch,
+            "ms": float(middle[i]),
+            "spread": float((high[i] - low[i]) / middle[i]),
+            "full_ms": float(middle[0]),
+            "speedup": float(middle[0] / middle[i]),
+        }
+        if contender.policy and len(contender.cells) == 1:
+            # Work needed over whole work, each stage with its head at its own speed.
+            own = units if contender.keep is None else units.keeping(contender.keep)
+            needed = own.cumulative[leave].mean() / units.cumulative[-1]
+            row["ideal_ms"] = float(middle[0] * needed)
+            row["efficiency"] = row["ideal_ms"] / row["ms"]
+        rows.append(row)
+    return rows
+
+
+def _calls(
+    contender: Contender, workdir: Path, pieces: list[np.ndarray], ready: dict[Any, Predictor]
+) -> tuple[list[Callable[[], Any]], np.ndarray]:
+    """Passes over the batches, one for each way to compile it, and the exits taken."""
+    if contender.policy is None:
+        programs = timing.plain_programs(*_network(contender, workdir))
+        return [
+            lambda plain=plain: [np.asarray(plain(piece)) for piece in pieces] for plain in programs
+        ], np.zeros(1, int)
+    decides = contender.cells, contender.keep, contender.policy
+    if decides not in ready:
+        network, variables = _network(contender, workdir)
+        largest = 1 << (len(pieces[0]) - 1).bit_length()
+        policy = _policy(contender, workdir)
+        ready[decides] = predictor(network, policy, variables, compact, max_batch=largest)
+    predict = ready[decides]
+    limits = jnp.asarray(contender.thresholds, jnp.float32)
+    exits = np.concatenate([np.asarray(predict(limits, piece).exits) for piece in pieces])
+    return [lambda: [predict(limits, piece).labels for piece in pieces]], exits
+
+
+def _network(contender: Contender, workdir: Path) -> tuple[EarlyExitNetwork, Variables]:
+    networks = [compare_cells.network(c.network, c.ends_at, c.data) for c in contender.cells]
+    variables = [compare_cells.trained(c, workdir) for c in contender.cells]
+    if len(networks) > 1:
+        return cascade(networks), cascade_variables(variables)
+    if contender.keep is None:
+        return networks[0], variables[0]
+    return networks[0].keeping(contender.keep), keep_variables(variables[0], contender.keep)
+
+
+def _policy(contender: Contender, workdir: Path) -> Policy:
+    assert contender.policy is not None
+    cells, first = contender.cells, contender.cells[0]
+    name = CASCADE if len(cells) > 1 else first.name
+    subject = Subject(name, first.seed, cells, (1.0,) * len(cells), ())
+    trace = subject_traces(subject, workdir).calibrate
+    trace = trace if contender.keep is None else keep_trace(trace, contender.keep)
+    return fitted(contender.policy, trace, _macs(contender))
+
+
+def _macs(contender: Contender) -> np.ndarray:
+    parts = [compare_cells.fractions(c.network, c.ends_at, c.data) for c in contender.cells]
+    if len(parts) > 1:
+        return np.cumsum([p.cumulative[-1] for p in parts])
+    return (parts[0] if contender.keep is None else parts[0].keeping(contender.keep)).cumulative
+
+
+def placed(
+    cell: Cell, policy: str, ms: cost.Costs, budget_ms: float, workdir: Path
+) -> tuple[Placement | None, dict[str, Any]]:
+    """Which exits to keep for a budget in measured time, and what that comes to on the test split;
+    None, and the reason, where the budget is below the first exit's time."""
+    traces = compare_cells.traces(cell, workdir)
+
+    macs = compare_cells.fractions(cell.network, cell.ends_at, cell.data)
+
+    def make(exits: tuple[int, ...]) -> Policy:
+        # At the costs that the policy is made with when it is timed.
+        return fitted(policy, keep_trace(traces.calibrate, exits), macs.keeping(exits).cumulative)
+
+    row: dict[str, Any] = {"regime": cell.name, "policy": policy, "budget_ms": budget_ms}
+    try:
+        found = choose_exits(traces.choose, make, ms, budget_ms)
+    except ValueError as error:
+        return None, {**row, "error": str(error)}
+    row |= {
+        "kept": list(found.exits),
+        "of": len(ms.stages),
+        "search": found.search,
+        "looked_at": found.looked_at,
+    }
+    every = tuple(range(len(ms.stages)))
+    both = [("", found.exits, found.thresholds)]
+    if found.whole is not None:
+        both.append(("all_", every, found.whole.thresholds))
+    for prefix, exits, limits in both:
+        scored = score(make(exits), keep_trace(traces.test, exits))
+        routed = route(scored, limits)
+        result = metrics.outcome(routed, traces.test.labels, ms.keeping(exits).cumulative)
+        row |= {f"{prefix}accuracy": result.accuracy, f"{prefix}expected_ms": result.mean_cost}
+    return found, row
+
+
+def _kept(workdir: Path, kind: str, made_of: Any, measure: Callable[[], Any]) -> Any:
+    """What was measured before under the same circumstances, else measured now."""
+    here = circumstances("", [], datetime.datetime.now())
+    versions = {name: here["versions"][name] for name in ("python", *PACKAGES)}
+    text = json.dumps([FORMAT, made_of, here["device"], versions], sort_keys=True)
+    path = workdir / "timing" / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = measure()
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(found))
+    return found

@@ -1,0 +1,192 @@
+"""Data sets as arrays in memory, cut into splits of one use each.
+
+train: fits the weights. calibrate: fits the temperatures. choose: chooses the thresholds. certify:
+certifies a risk; empty unless asked for. test: is reported. All but test are cut from the official
+training images, test is the official test set.
+
+Nothing here imports JAX; tensorflow-datasets and scikit-learn are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.config import DataConfig
+from experiments.data import sources
+from experiments.data.archives import Progress
+from experiments.data.cache import Decoded
+from experiments.data.sources import SPECS
+
+
+class Split(NamedTuple):
+    """Images for one use."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set, split."""
+
+    name: str  # the data really used: "cifar10", "digits", ...
+    classes: tuple[str, ...]
+    train: Split
+    calibrate: Split
+    choose: Split
+    certify: Split
+    test: Split
+    notice: str  # "", or what a user must know: that this is a fall-back
+    source: str  # where the images came from, in words for the report
+    mean: tuple[float, ...]  # per channel of the training split, in 0..255
+    std: tuple[float, ...]
+
+
+def resolve(config: DataConfig) -> str:
+    """Which data set `load` will use, without loading it: a few seconds at most.
+
+    Returns:
+      A key of `SPECS`. "auto" is "cifar10" if that is prepared, in the cache, or can be downloaded,
+      else "digits". A data set that was named is never replaced by another.
+
+    Raises:
+      FileNotFoundError: the named data set cannot be had; one line says where it was looked for and
+        what to do.
+      ValueError: there is no data set of that name.
+    """
+    name = "cifar10" if config.name == "auto" else config.name
+    if name not in SPECS:
+        raise ValueError(f"no data set {name!r}; there are auto, {', '.join(SPECS)}")
+    missing = sources.missing(name, config)
+    if missing and config.name != "auto":
+        raise FileNotFoundError(missing)
+    return "digits" if missing else name
+
+
+def load(config: DataConfig, seed: int, progress: Progress | None = None) -> Dataset:
+    """Reads a data set and splits it.
+
+    The splits depend on the seed and the images alone: not on where the images came from, nor on
+    the order in which a file holds them. The test split does not depend on the seed.
+
+    Args:
+      config: which data, from where, and how much for each split.
+      seed: of the splits.
+      progress: told (done, total), in bytes while a file is downloaded and in images while they are
+        decoded; each file and the decoding count from 0. A start from the cache has no progress.
+
+    Raises:
+      FileNotFoundError, ConnectionError: the data cannot be had; one line says what to do. That a
+        download fails half-way is an error for "auto" too: `resolve` has promised the data set.
+      ValueError: the splits do not fit, or a source is damaged.
+    """
+    name = resolve(config)
+    spec = SPECS[name]
+    notice = ""
+    if config.name == "auto" and name == "digits":
+        notice = (
+            "This run is NOT on CIFAR-10 but on scikit-learn's digits (1,797 images of 8x8 pixels) "
+            f"and says nothing about CIFAR-10. {sources.missing('cifar10', config)}"
+        )
+    decoded = sources.obtain(name, config, progress) if spec.read else _digits()
+    train, calibrate, choose, certify = _cut(name, decoded.train_labels, config, seed)
+    images = decoded.train_images[train]
+    mean, std = _moments(images)
+    return Dataset(
+        name=name,
+        classes=decoded.classes,
+        train=Split(images, decoded.train_labels[train]),
+        calibrate=Split(decoded.train_images[calibrate], decoded.train_labels[calibrate]),
+        choose=Split(decoded.train_images[choose], decoded.train_labels[choose]),
+        certify=Split(decoded.train_images[certify], decoded.train_labels[certify]),
+        test=Split(decoded.test_images, decoded.test_labels),
+        notice=notice,
+        source=decoded.source,
+        mean=mean,
+        std=std,
+    )
+
+
+def stratified(
+    labels: np.ndarray, sizes: Sequence[int], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Cuts indices into disjoint groups of the given sizes, each with the classes in proportion.
+
+    Args:
+      labels: int [N].
+      sizes: how many go into each group; at most N together.
+      rng: draws who goes where.
+
+    Returns:
+      Indices of each group, and of the rest; each in random order.
+    """
+    order = rng.permutation(len(labels))
+    members = [order[labels[order] == label] for label in range(int(labels.max()) + 1)]
+    group = np.full(len(labels), len(sizes))
+    for i, size in enumerate(sizes):
+        shares = _in_proportion(np.asarray([len(m) for m in members]), size)
+        for j, share in enumerate(shares):
+            group[members[j][:share]] = i
+            members[j] = members[j][share:]
+    return [order[group[order] == i] for i in range(len(sizes) + 1)]
+
+
+def _in_proportion(counts: np.ndarray, size: int) -> np.ndarray:
+    """Integers that add up to `size`, none above its count, in proportion by largest remainders."""
+    total = max(int(counts.sum()), 1)
+    shares, remainders = counts * size // total, counts * size % total
+    shares[np.argsort(-remainders, kind="stable")[: size - shares.sum()]] += 1
+    return shares
+
+
+def _cut(name: str, labels: np.ndarray, config: DataConfig, seed: int) -> list[np.ndarray]:
+    """Indices of train, calibrate, choose and certify."""
+    if config.calibrate < 1 or config.choose < 1:
+        raise ValueError(
+            f"calibrate={config.calibrate:,} and choose={config.choose:,} must be 1 or more"
+        )
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit={config.limit:,} must be 1 or more")
+    held_out = (config.calibrate, config.choose, config.certify)
+    if sum(held_out) >= len(labels):
+        certify = f" and certify={config.certify:,}" if config.certify else ""
+        raise ValueError(
+            f"calibrate={config.calibrate:,} and choose={config.choose:,}{certify} leave nothing "
+            f"to train on: {name} has {len(labels):,} training images; make --data.calibrate and "
+            "--data.choose smaller"
+        )
+    rng = np.random.Generator(np.random.PCG64(seed))
+    calibrate, choose, certify, train = stratified(labels, held_out, rng)
+    return [train[: config.limit], calibrate, choose, certify]
+
+
+def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, exactly: from counts of the 256 values."""
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), 1_000):  # bincount makes int64 of its input: a bit at a time
+        chunk = images[start : start + 1_000]
+        for channel in range(images.shape[-1]):
+            counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    values = np.arange(256)
+    mean = counts @ values / counts.sum(1)
+    variance = counts @ values**2 / counts.sum(1) - mean**2
+    return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(variance, 0)).tolist())
+
+
+def _digits() -> Decoded:
+    """scikit-learn's digits. They have no official test set: a quarter of them, always the same."""
+    from sklearn.datasets import load_digits
+
+    pixels, targets = load_digits(return_X_y=True)
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = targets.astype(np.int32)
+    rng = np.random.Generator(np.random.PCG64(0))
+    test, train = stratified(labels, (len(labels) // 4,), rng)
+    classes = tuple(str(digit) for digit in range(10))
+    return Decoded(
+        images[train], labels[train], images[test], labels[test], classes, "scikit-learn, embedded"
+    )

@@ -1,0 +1,1 @@
+"""Inference in wall-clock time."""

@@ -1,0 +1,231 @@
+"""Small measurements behind the choices that docs/inference.md and docs/architecture.md describe.
+
+python -m experiments.trials                # all of them, a few minutes
+python -m experiments.trials depth packing  # some
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from eejax import benchmark, compact, gate, loop, max_prob, stack
+from eejax.compiling import compiler_options
+from eejax.inference.predictors import bound
+from eejax.models.isotropic import isotropic
+from eejax.models.layers import convolved, shifted
+from eejax.models.resnet import resnet
+from eejax.network import EarlyExitNetwork, ExitOutput, Variables, normalise
+
+Line = tuple[str, float, str]
+
+
+def arguments() -> Iterator[Line]:
+    """What handing over the variables of ResNet-56 costs a call that does nothing with them."""
+    network, variables, image = _resnet()
+    del network
+
+    def nothing(variables: Variables, image: Array) -> Array:
+        return image.sum()
+
+    handed = jax.jit(nothing, keep_unused=True)
+    without = bound(nothing, variables)
+    calls = [lambda: handed(variables, image), lambda: without(image)]
+    leaves = len(jax.tree.leaves(variables))
+    times = np.median(benchmark.paired_seconds(calls, 50), axis=1)
+    yield f"{leaves} arrays as arguments", 1e3 * times[0], "ms"
+    yield "bound", 1e3 * times[1], "ms"
+
+
+def heads() -> Iterator[Line]:
+    """ResNet-56 with its last head, and with all four, by how they take the mean over the image."""
+    network, variables, image = _resnet()
+
+    def mean(x: Array) -> Array:
+        return x.mean((1, 2))
+
+    def product(x: Array) -> Array:
+        b, h, w, k = x.shape
+        return (jnp.full((1, h * w), 1 / (h * w), x.dtype) @ x.reshape(b, h * w, k))[:, 0]
+
+    def window(x: Array) -> Array:
+        return nn.avg_pool(x, x.shape[1:3], x.shape[1:3])[:, 0, 0]
+
+    def run(variables: Variables, images: Array, pool: Callable[..., Array], first: int) -> Any:
+        features, logits = images, []
+        for e in range(network.num_exits):
+            features, _ = network.apply_stage(variables, e, features)
+            if e >= first:
+                layer = variables["params"]["heads"][e]["classifier"]
+                logits.append(pool(features) @ layer["kernel"] + layer["bias"][None])
+        return logits
+
+    kinds = {"last head alone": (mean, 3), "mean": (mean, 0), "product": (product, 0)}
+    kinds["window"] = (window, 0)
+    for batch in (1, 32):
+        images = jnp.repeat(image, batch, 0)
+        calls = []
+        for pool, first in kinds.values():
+            compiled = bound(functools.partial(run, pool=pool, first=first), variables)
+            calls.append(functools.partial(compiled, images))
+        times = np.median(benchmark.paired_seconds(calls, 20 if batch == 1 else 15), axis=1)
+        for name, seconds in zip(kinds, times, strict=True):
+            yield f"batch {batch}, {name}", 1e3 * seconds, "ms"
+
+
+def scores() -> Iterator[Line]:
+    """A policy's score of ten logits, as a program of its own, beside one that does nothing."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 10)).astype(np.float32))
+
+    def step(logits: Array, policy: Any) -> Any:
+        return policy.step(ExitOutput(logits, logits[:, 0], ()), (), 0)[:2]
+
+    calls = [
+        functools.partial(jax.jit(functools.partial(step, policy=policy)), logits)
+        for policy in (gate, max_prob)
+    ]
+    times = np.median(benchmark.paired_seconds(calls, 100), axis=1)
+    yield "gate (nothing is computed)", 1e6 * times[0], "us"
+    yield "max_prob", 1e6 * times[1], "us"
+
+
+def packing() -> Iterator[Line]:
+    """256 rows of 64 KiB, of which 60 % go on, tile by tile into a fresh buffer."""
+    random, size = np.random.default_rng(0), 32
+    rows = jnp.asarray(random.random((256, 32, 32, 16), np.float32))
+    keep = jnp.asarray(random.random(256) < 0.6)
+
+    def order(flags: Array) -> Array:
+        return jnp.argsort(~flags, stable=True)
+
+    def sort(buffer: Array, tile: Array, flags: Array, at: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(buffer, tile[order(flags)], at, 0)
+
+    def unsorted(buffer: Array, tile: Array, flags: Array, at: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(buffer, tile, at, 0)
+
+    def scatter(buffer: Array, tile: Array, flags: Array, at: Array) -> Array:
+        target = jnp.where(flags, at + jnp.cumsum(flags.astype(jnp.int32)) - 1, len(buffer))
+        return buffer.at[target].set(tile, mode="drop", unique_indices=True)
+
+    def copies(buffer: Array, tile: Array, flags: Array, at: Array) -> Array:
+        which, count = order(flags), flags.sum(dtype=jnp.int32)
+
+        def one(i: Array, buffer: Array) -> Array:
+            row = lax.dynamic_slice_in_dim(tile, which[i], 1)
+            return lax.dynamic_update_slice_in_dim(buffer, row, at + i, 0)
+
+        return lax.fori_loop(0, count, one, buffer)
+
+    def product(buffer: Array, tile: Array, flags: Array, at: Array) -> Array:
+        matrix = order(flags)[:, None] == jnp.arange(size)[None]
+        packed = (matrix.astype(tile.dtype) @ tile.reshape(size, -1)).reshape(tile.shape)
+        return lax.dynamic_update_slice_in_dim(buffer, packed, at, 0)
+
+    def run(rows: Array, keep: Array, write: Callable[..., Array]) -> Array:
+        def step(carry: Any) -> Any:
+            done, kept, buffer = carry
+            tile = lax.dynamic_slice_in_dim(rows, done, size) + 1
+            flags = lax.dynamic_slice_in_dim(keep, done, size)
+            buffer = write(buffer, tile, flags, kept)
+            return done + size, kept + flags.sum(dtype=jnp.int32), buffer
+
+        start = (jnp.int32(0), jnp.int32(0), jnp.zeros_like(rows))
+        return lax.while_loop(lambda carry: carry[0] < len(rows), step, start)[2]
+
+    ways = {"unsorted": unsorted, "sort and gather": sort, "scatter": scatter}
+    ways |= {"row by row": copies, "permutation matrix": product}
+    calls = []
+    for write in ways.values():
+        compiled = jax.jit(functools.partial(run, write=write), compiler_options=compiler_options())
+        calls.append(functools.partial(compiled, rows, keep))
+    for name, seconds in zip(ways, np.median(benchmark.paired_seconds(calls, 30), 1), strict=True):
+        yield name, 1e3 * seconds, "ms"
+
+
+def depth() -> Iterator[Line]:
+    """Tracing, lowering and compiling an isotropic network, an exit after every block."""
+    images = jnp.zeros((64, 32, 32, 3), jnp.uint8)
+    seconds: dict[tuple[str, int], list[float]] = {}
+    programs = [("loop", n) for n in (12, 24, 48, 96)] + [("compact", n) for n in (12, 24)]
+    for _ in range(3):
+        for name, blocks in programs:
+            network = isotropic(10, depth=blocks).reading(normalise((127.5,) * 3, (73.9,) * 3))
+            shapes: Any = jax.eval_shape(network.init, jax.random.key(0), images)
+            executor = compact
+            if name == "loop":
+                executor = loop
+                shapes = jax.eval_shape(functools.partial(stack, network), shapes)
+            program = jax.jit(
+                functools.partial(executor, network, max_prob), compiler_options=compiler_options()
+            )
+            start = time.perf_counter()
+            program.lower(shapes, jnp.zeros(blocks - 1), images).compile()
+            seconds.setdefault((name, blocks), []).append(time.perf_counter() - start)
+    for (name, blocks), each in seconds.items():
+        yield f"{name}, {blocks} blocks", float(np.median(each)), "s"
+
+
+def depthwise() -> Iterator[Line]:
+    """A depthwise convolution as XLA's, and as a sum of shifted images, and their gradients."""
+    for batch, side, width, size in (
+        (1, 8, 384, 3),
+        (8, 32, 96, 3),
+        (32, 4, 960, 3),
+        (32, 8, 480, 5),
+    ):
+        x = jax.random.normal(jax.random.key(0), (batch, side, side, width))
+        kernel = jax.random.normal(jax.random.key(1), (size, size, 1, width))
+        calls, names = [], []
+        for name, layer in (("convolution", convolved), ("shifts", shifted)):
+
+            def loss(x: Array, kernel: Array, layer: Callable = layer) -> Array:
+                return (layer(x, kernel, 1) ** 2).sum()
+
+            forward = functools.partial(layer, stride=1)
+            for kind, function in (("", forward), (" gradient", jax.grad(loss, (0, 1)))):
+                compiled = jax.jit(function, compiler_options=compiler_options())
+                calls.append(functools.partial(compiled, x, kernel))
+                names.append(f"{batch}x{side}x{side}x{width}, {size}x{size}, {name}{kind}")
+        for name, seconds in zip(
+            names, np.median(benchmark.paired_seconds(calls, 5), axis=1), strict=True
+        ):
+            yield name, 1e3 * seconds, "ms"
+
+
+TRIALS = {f.__name__: f for f in (arguments, heads, scores, packing, depth, depthwise)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the trials named, or all."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n" + "\n".join(f"{n}: {f.__doc__}" for n, f in TRIALS.items()))
+        return 0
+    unknown = [name for name in argv if name not in TRIALS]
+    if unknown:
+        print(f"error: no trial {unknown[0]}; give some of {', '.join(TRIALS)}.", file=sys.stderr)
+        return 2
+    for name in argv or TRIALS:
+        print(f"{name}: {TRIALS[name].__doc__}", flush=True)
+        for what, value, unit in TRIALS[name]():
+            print(f"  {what:44s} {value:8.3f} {unit}", flush=True)
+    return 0
+
+
+def _resnet() -> tuple[EarlyExitNetwork, Variables, Array]:
+    network = resnet(10, depth=56).reading(normalise((127.5,) * 3, (73.9,) * 3))
+    image = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8))
+    return network, jax.jit(network.init)(jax.random.key(0), image), image
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
