@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from eejax import ExitOutput, compact, cond, full, gate, loop, predictor, sharded
+from eejax import ExitOutput, cond, full, gate, predictor, sharded
 from eejax.evaluation.routing import route, score
+from eejax.inference import EXECUTORS
 from eejax.network import EarlyExitNetwork, Module
 from eejax.policies.base import Policy
 from eejax.trace import collect
 
-EXECUTORS = {"full": full, "cond": cond, "compact": compact, "loop": loop}
 NAMES = list(toys.POLICIES)
 
 # Exits and batch sizes of the compiled programs. Counts below the batch are drawn, so that every
