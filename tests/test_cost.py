@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import time
-from types import SimpleNamespace
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-from jax.experimental import io_callback
 
-from eejax import Costs, EarlyExitNetwork, ExitOutput, Module, benchmark, cost, macs, normalise
+from eejax import Costs, EarlyExitNetwork, ExitOutput, Module, cost, macs, normalise
 from eejax.backbone import from_linen
 from eejax.network import keep_variables
 
@@ -137,92 +132,6 @@ def test_networks_with_memory_and_nested_features_are_counted_without_being_run(
     assert (costs.stages >= toys.INPUTS * toys.WIDTH).all()
     assert (costs.heads >= toys.WIDTH * (toys.CLASSES + 1)).all()
     assert costs.heads[1] > costs.heads[0]  # it reads the memory of the first
-
-
-def test_stages_are_timed_each_with_its_head():
-    """A stage with fifty times the work takes longer."""
-
-    class Heavy(nn.Module):
-        turns: int
-
-        @nn.compact
-        def __call__(self, x, train):
-            kernel = self.param("kernel", nn.initializers.orthogonal(), (64, 64))
-            for _ in range(self.turns):
-                x = jnp.sin(x @ kernel)
-            return x
-
-    head = from_linen(DenseHead(4))
-    network = EarlyExitNetwork(
-        (from_linen(Heavy(1)), from_linen(Heavy(50)), from_linen(Heavy(1))), (head, head, head)
-    )
-    images = jnp.ones((256, 64))
-    variables = jax.jit(network.init)(jax.random.key(0), images)
-    seconds = benchmark.stage_seconds(network, variables, images, repeats=5)
-    assert seconds.shape == (3,)
-    assert (seconds >= 0).all()
-    assert seconds[1] > 2 * max(seconds[0], seconds[2])
-
-
-def spends(clock, amount, head):
-    """A module that sets a clock forward when it is run; heads hand on memory."""
-
-    def spend(x):
-        clock[0] += amount
-        return x
-
-    def apply(variables, x, memory=None, *, train):
-        del variables, train
-        x = io_callback(spend, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-        if not head:
-            return x, {}
-        assert memory is not None
-        for said in memory:
-            x = x + 0 * said
-        return ExitOutput(x, x[:, 0], (x,)), {}
-
-    return Module(lambda *_: {}, apply)
-
-
-@pytest.mark.parametrize("exits", [1, 2, 4])
-def test_stages_and_heads_are_told_apart_by_the_clock(exits, monkeypatch):
-    """Exactly, on a clock that nothing but the modules sets forward."""
-    clock = [0.0]
-    stages, heads = [5.0, 3.0, 4.0, 1.0][:exits], [2.0, 0.5, 0.25, 1.5][:exits]
-    network = EarlyExitNetwork(
-        tuple(spends(clock, s, False) for s in stages), tuple(spends(clock, h, True) for h in heads)
-    )
-    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    variables = jax.eval_shape(network.init, jax.random.key(0), jnp.ones((2, 3)))
-    found = benchmark.seconds(network, variables, jnp.ones((2, 3)), repeats=2)
-    np.testing.assert_array_equal(found.stages, stages)
-    np.testing.assert_array_equal(found.heads, heads)
-    together = benchmark.stage_seconds(network, variables, jnp.ones((2, 3)), repeats=2)
-    np.testing.assert_array_equal(together, np.add(stages, heads))
-
-
-@pytest.mark.parametrize("burst", [0.0, 0.1])
-def test_paired_runs_are_interleaved_and_warmed_up(burst, monkeypatch):
-    monkeypatch.setattr(benchmark, "BURST_SECONDS", burst)
-    order = []
-
-    def call(name, pause):
-        def run():
-            order.append(name)
-            time.sleep(pause)
-            return jnp.zeros(1)
-
-        return run
-
-    times = benchmark.paired_seconds([call("a", 0.04), call("b", 0.2)], repeats=3, warmup=1)
-    rounds = "".join(order)
-    assert rounds.startswith("aabb")  # a first call, and one that says how long it takes
-    # A short call is repeated in a row, after one that is not timed.
-    assert re.fullmatch("ab" * 3 if burst == 0 else "(a{2,3}b){3}", rounds[4:])
-    assert times.shape == (2, 3)
-    assert (times[0] >= 0.04).all()
-    assert (times[1] >= 0.2).all()
-    assert (times[0] < times[1]).all()
 
 
 def plain(apply):

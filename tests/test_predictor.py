@@ -9,8 +9,7 @@ import pytest
 import toys
 from jax.core import Tracer
 
-from eejax import compact, cond, full, gate, predictor
-from eejax.inference import predictors
+from eejax import compact, compiling, cond, full, gate, predictor
 
 EXECUTORS = {"full": full, "cond": cond, "compact": compact}
 
@@ -108,7 +107,7 @@ def test_warming_up_compiles_what_later_calls_need():
     small = predict([1, 1], images)
     assert len(traced) == 4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictors, "CONSTANT_BYTES", 0)
+        patch.setattr(compiling, "CONSTANT_BYTES", 0)
         predict = predictor(network, gate, variables, executor, max_batch=8)
     large = predict([1, 1], images)
     assert traced[4:] == [(8, True), (2, True)]

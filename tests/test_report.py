@@ -41,7 +41,7 @@ def make_report(exits: int = 3) -> dict[str, Any]:
                       "exit_fractions": [1 / exits] * exits}],
         "curve": {"max_prob": [{"mean_macs": m, "accuracy": a}
                                for m, a in zip(macs, accuracy, strict=True)]},
-        "inference": [{"strategy": "cond", "batch": 1, "ms": 1.2, "full_ms": 2.0, "ideal_ms": 1.1,
+        "inference": [{"strategy": "cond", "batch": 1, "ms": 1.2, "plain_ms": 2.0, "ideal_ms": 1.1,
                        "speedup": 1.6667, "efficiency": 0.9167}],
         "train": {"seconds": 123.4, "images_per_second": 4567.8, "epochs": 30},
     }  # fmt: skip
@@ -286,7 +286,7 @@ def test_headline_does_not_take_a_time_measured_with_easier_thresholds() -> None
 def test_headline_leaves_out_the_strategy_that_never_exits() -> None:
     report = make_report()
     row = report["inference"][0]
-    rows = [row | {"strategy": "full", "ms": 0.1}, row | {"batch": 256, "ms": 70, "full_ms": 90}]
+    rows = [row | {"strategy": "full", "ms": 0.1}, row | {"batch": 256, "ms": 70, "plain_ms": 90}]
     report["inference"] += rows
     assert headline(report).endswith("A batch of 256 takes 70.00 ms instead of 90.00 ms "
                                      "(strategy cond).")  # fmt: skip
@@ -305,7 +305,7 @@ def test_table_at_80_columns_has_every_number_whole(exits: int) -> None:
     report = make_report(exits)
     row = report["inference"][0]
     report["inference"] = [
-        row | {"batch": 4096, "ms": 12345.6, "full_ms": 23456.7, "spread": 0.12,
+        row | {"batch": 4096, "ms": 12345.6, "plain_ms": 23456.7, "spread": 0.12,
                "policy": "a_policy_with_a_very_long_name", "mean_fraction": 0.59},
     ]  # fmt: skip
     report["inference"][0]["strategy"] = "a_strategy_with_a_very_long_name"

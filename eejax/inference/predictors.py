@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from eejax.compiling import compiler_options
+from eejax.compiling import bound
 from eejax.inference.executors import Executor, Prediction
 from eejax.network import EarlyExitNetwork
 from eejax.policies.base import Policy, check_thresholds
@@ -145,11 +144,6 @@ class Predictor:
         return values
 
 
-# Above this, what a dispatch costs for each variable is lost in the time of the network, and copies
-# of the variables in every program are not wanted.
-CONSTANT_BYTES = 64 << 20
-
-
 def predictor(
     network: EarlyExitNetwork,
     policy: Policy,
@@ -190,19 +184,3 @@ def predictor(
         return executor(network, policy, variables, thresholds, images, count)
 
     return Predictor(max_batch, network.num_exits, bound(run, variables))
-
-
-def bound(function: Callable[..., Any], variables: Any, **options: Any) -> Callable[..., Any]:
-    """`function(variables, ...)` compiled with these variables, as `predictor` says.
-
-    Args:
-      options: for `jax.jit`; argument numbers count `variables` as 0.
-    """
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables))
-    if size > CONSTANT_BYTES:
-        compiled = jax.jit(function, compiler_options=compiler_options(), **options)
-        return functools.partial(compiled, jax.device_put(variables))
-    options = {name: tuple(i - 1 for i in numbers) for name, numbers in options.items()}
-    return jax.jit(
-        functools.partial(function, variables), compiler_options=compiler_options(), **options
-    )

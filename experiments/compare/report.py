@@ -24,7 +24,7 @@ Parts, of which any may be missing or empty but `dataset`:
                    {seed: difference}, cost_difference}], comparisons, level, draws
     agreement    [{regime, target, policies [P], exits [P][P], answers [P][P]}]
     timing       [{regime or static or cascade, policy, target, strategy, batch, ms, spread,
-                   full_ms, ideal_ms, speedup, efficiency, accuracy, cost}]
+                   plain_ms, ideal_ms, speedup, efficiency, accuracy, cost}]
     drift        [{corruption, severity, regime, policy, target, accuracy, cost, seeds, risk,
                    interval, epsilon, broken, holds}]; severity 0 is the clean test images, broken
                    and seeds are numbers of seeds

@@ -173,7 +173,7 @@ def timing_cells(results: Results) -> Cells:
         words += [str(row.get("batch") or "-"), number(row.get("accuracy"), 1, scale=100)]
         words += [number(row.get("cost"), 2), ms_words(row.get("ms"))]
         spread = number(row.get("spread"), 0, scale=100)
-        words += [spread if spread == "-" else f"{spread} %", ms_words(row.get("full_ms"))]
+        words += [spread if spread == "-" else f"{spread} %", ms_words(row.get("plain_ms"))]
         words += [ms_words(row.get("ideal_ms"))]
         words += [number(row.get(key), 2) for key in ("speedup", "efficiency")]
         rows.append(tuple(words))

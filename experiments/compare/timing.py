@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eejax import benchmark, cost
+from eejax.benchmark import BenchmarkEntry, benchmark_rows, plain_entry, predictor_entry
 from eejax.cascades import cascade, cascade_variables
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import route, score
@@ -31,10 +31,9 @@ from experiments.compare.cells import Cell
 from experiments.compare.choose import CASCADE, Subject, subject_traces
 from experiments.compare.policies import fitted
 from experiments.data.cache import replacing
-from experiments.evaluate import timing
 from experiments.report.environment import PACKAGES, circumstances
 
-FORMAT = 2  # raise it when what is measured, or how, changes
+FORMAT = 3  # raise it when what is measured, or how, changes
 BATCHES = 4
 
 
@@ -72,12 +71,11 @@ def unit_ms(cell: Cell, workdir: Path, batch: int, repeats: int) -> cost.Costs:
 def timed(
     contenders: Sequence[Contender], units: cost.Costs, workdir: Path, batch: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """Each contender's row with `ms` a batch, `spread`, and what follows from them; the first
-    contender is the plain network that the others are set beside.
+    """Each contender's row with the columns of `benchmark_rows`; the first contender is the plain
+    network that the others are compared with.
 
-    A plain network is compiled in whichever way is quicker and hands over its labels; a policy's
-    predictor is compiled in one way, and hands over labels, exits and logits. Both are against
-    early exits.
+    Of a plain network the fastest compiled form counts, and it returns labels alone; a predictor
+    has one form and returns labels, exits and logits. Both are to the disadvantage of early exits.
 
     Args:
       contenders: at least one.
@@ -100,53 +98,31 @@ def _timed(
     count = min(BATCHES, len(images) // batch)
     pieces = [images[i * batch : (i + 1) * batch] for i in range(count)]
     ready: dict[Any, Predictor] = {}  # one program serves all thresholds
-    made = [_calls(contender, workdir, pieces, ready) for contender in contenders]
-    every = [call for calls, _ in made for call in calls]
-    each = iter(1e3 * benchmark.paired_seconds(every, repeats) / count)
-    # A plain network in each way that it can be compiled: the quickest counts.
-    times = np.stack([min(itertools.islice(each, len(c)), key=np.median) for c, _ in made])
-    middle = np.median(times, axis=1)
-    low, high = np.quantile(times, (0.25, 0.75), axis=1)
-    rows = []
-    for i, (contender, (_, leave)) in enumerate(zip(contenders, made, strict=True)):
-        row: dict[str, Any] = {
-            **contender.row,
-            "strategy": "compact" if contender.policy else "plain",
-            "batch": batch,
-            "ms": float(middle[i]),
-            "spread": float((high[i] - low[i]) / middle[i]),
-            "full_ms": float(middle[0]),
-            "speedup": float(middle[0] / middle[i]),
-        }
-        if contender.policy and len(contender.cells) == 1:
-            # Work needed over whole work, each stage with its head at its own speed.
-            own = units if contender.keep is None else units.keeping(contender.keep)
-            needed = own.cumulative[leave].mean() / units.cumulative[-1]
-            row["ideal_ms"] = float(middle[0] * needed)
-            row["efficiency"] = row["ideal_ms"] / row["ms"]
-        rows.append(row)
-    return rows
+    entries = [_entry(contender, units, workdir, pieces, ready) for contender in contenders]
+    rows = benchmark_rows(entries, batch, repeats, units.cumulative[-1])
+    return [{**c.row, **row} for c, row in zip(contenders, rows, strict=True)]
 
 
-def _calls(
-    contender: Contender, workdir: Path, pieces: list[np.ndarray], ready: dict[Any, Predictor]
-) -> tuple[list[Callable[[], Any]], np.ndarray]:
-    """Passes over the batches, one for each way to compile it, and the exits taken."""
+def _entry(
+    contender: Contender,
+    units: cost.Costs,
+    workdir: Path,
+    pieces: list[np.ndarray],
+    ready: dict[Any, Predictor],
+) -> BenchmarkEntry:
     if contender.policy is None:
-        programs = timing.plain_programs(*_network(contender, workdir))
-        return [
-            lambda plain=plain: [np.asarray(plain(piece)) for piece in pieces] for plain in programs
-        ], np.zeros(1, int)
+        return plain_entry(*_network(contender, workdir), pieces)
     decides = contender.cells, contender.keep, contender.policy
     if decides not in ready:
         network, variables = _network(contender, workdir)
         largest = 1 << (len(pieces[0]) - 1).bit_length()
         policy = _policy(contender, workdir)
         ready[decides] = predictor(network, policy, variables, compact, max_batch=largest)
-    predict = ready[decides]
-    limits = jnp.asarray(contender.thresholds, jnp.float32)
-    exits = np.concatenate([np.asarray(predict(limits, piece).exits) for piece in pieces])
-    return [lambda: [predict(limits, piece).labels for piece in pieces]], exits
+    costs = units if contender.keep is None else units.keeping(contender.keep)
+    # The units are the stages of one network; a cascade of several has no ideal here.
+    stages = costs.stages + costs.heads if len(contender.cells) == 1 else None
+    thresholds = jnp.asarray(contender.thresholds, jnp.float32)
+    return predictor_entry("compact", ready[decides], thresholds, pieces, stages)
 
 
 def _network(contender: Contender, workdir: Path) -> tuple[EarlyExitNetwork, Variables]:

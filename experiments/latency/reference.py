@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from eejax import benchmark
+from eejax.benchmark import fastest_plain
 from eejax.network import EarlyExitNetwork
-from experiments.evaluate.timing import fastest_plain
 from experiments.latency.subject import Subject
 
 Row = dict[str, Any]

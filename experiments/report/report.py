@@ -10,7 +10,7 @@
     exits      [{index, macs, accuracy, ece}]
     policies   [{name, target, thresholds, accuracy, mean_macs, exit_fractions}]
     curve      {policy: [{mean_macs, accuracy}]}
-    inference  [{strategy, batch, ms, full_ms, ideal_ms, speedup, efficiency}]
+    inference  [{strategy, batch, ms, plain_ms, ideal_ms, speedup, efficiency}]
     train      {seconds, images_per_second, epochs}
 
 Whatever else it holds (`notice`, `command`, `whole_macs`, ...) is shown where it is known here. A

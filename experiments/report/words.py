@@ -109,7 +109,7 @@ def inference_cells(report: Mapping[str, Any], *, full: bool = False) -> Cells:
         words = [str(row["strategy"]), str(row["batch"]), str(row.get("policy") or "")]
         words += [_number(row.get("mean_fraction"), 2), _ms(row["ms"])]
         spread = row.get("spread")
-        words += ["-" if spread is None else _percent(spread, 0), _ms(row["full_ms"])]
+        words += ["-" if spread is None else _percent(spread, 0), _ms(row["plain_ms"])]
         words += [_number(row["speedup"], 2), _number(row["efficiency"], 2)]
         rows.append((*words, *((_ms(row["ideal_ms"]),) if full else ())))
     return Cells(tuple(columns), tuple(rows), frozenset({"strategy", "policy"}))
@@ -197,7 +197,7 @@ def _timing(report: Mapping[str, Any], policy: str, cost: float) -> list[str]:
     flatter the policy, so only rows whose mean cost is nearest to the policy's own count.
     """
     timed = [r for r in report["inference"] if r["strategy"] != "full"]
-    timed = [r for r in timed if math.isfinite(_nan(r["ms"]) + _nan(r["full_ms"]))]
+    timed = [r for r in timed if math.isfinite(_nan(r["ms"]) + _nan(r["plain_ms"]))]
     timed = [r for r in timed if r.get("policy") in (None, policy)] or timed
     batches = sorted({row["batch"] for row in timed})
     sentences = []
@@ -205,13 +205,13 @@ def _timing(report: Mapping[str, Any], policy: str, cost: float) -> list[str]:
         rows = [row for row in timed if row["batch"] == batch]
         gaps = [abs((row.get("mean_fraction") or cost) - cost) for row in rows]
         near = [row for row, gap in zip(rows, gaps, strict=True) if gap <= min(gaps) + 0.02]
-        row = min(near, key=lambda row: row["ms"] / row["full_ms"])
+        row = min(near, key=lambda row: row["ms"] / row["plain_ms"])
         what = "A single image" if batch == 1 else f"A batch of {batch}"
-        versus = "instead of" if row["ms"] < row["full_ms"] else "and so saves no time against"
+        versus = "instead of" if row["ms"] < row["plain_ms"] else "and so saves no time against"
         how = f"strategy {row['strategy']}"
         how += f", policy {row['policy']}" if row.get("policy") not in (None, policy) else ""
         how += f", cost {row['mean_fraction']:.2f}" if min(gaps) > 0.02 else ""
-        times = f"{_ms(row['ms'])} ms {versus} {_ms(row['full_ms'])} ms"
+        times = f"{_ms(row['ms'])} ms {versus} {_ms(row['plain_ms'])} ms"
         sentences.append(f"{what} takes {times} ({how}).")
     return sentences
 
