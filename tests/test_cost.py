@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toys
 
-from eejax import Costs, EarlyExitNetwork, ExitOutput, Module, cost, macs, normalise
+from eejax import Costs, EarlyExitNetwork, ExitOutput, Module, cost, normalise, xla_macs
 from eejax.backbone import from_linen
 from eejax.network import keep_variables
 
@@ -55,7 +55,7 @@ def head_by_hand(inputs, hidden):
 def test_counts_by_hand_of_dense_and_valid_convolution(batch):
     """Exact: the multiply-accumulates, and half of one for each elementwise operation."""
     network = two_exits("VALID")
-    counted = macs(network, *shapes(network, batch))
+    counted = xla_macs(network, *shapes(network, batch))
     first = 6 * 6 * 4 * (9 * 3 + 1)  # products; bias and relu are two halves
     second = 4 * 4 * 5 * (9 * 4 + 1)
     np.testing.assert_array_equal(counted.stages, [first, second])
@@ -66,7 +66,7 @@ def test_counts_by_hand_of_dense_and_valid_convolution(batch):
 
 def test_a_convolutions_padding_is_not_counted():
     network = two_exits("SAME")
-    counted = macs(network, *shapes(network, 2))
+    counted = xla_macs(network, *shapes(network, 2))
     # Along one axis of 8 the taps of a kernel of 3 that fall inside: 3 each, less one at each end.
     taps = (3 * 8 - 2) ** 2
     by_hand = taps * 3 * 4 + 8 * 8 * 4
@@ -79,7 +79,7 @@ def test_what_reads_raw_images_costs_too():
     reading = network.reading(normalise((1.0,) * 3, (2.0,) * 3))
     variables, images = shapes(network, 2)
     raw = jax.ShapeDtypeStruct(images.shape, jnp.uint8)
-    more = macs(reading, variables, raw).stages - macs(network, variables, images).stages
+    more = xla_macs(reading, variables, raw).stages - xla_macs(network, variables, images).stages
     # A conversion, a subtraction and a product an element, of which XLA counts the last two or all.
     assert more[1] == 0
     assert more[0] in (8 * 8 * 3 * 2 / 2, 8 * 8 * 3 * 3 / 2)
@@ -104,10 +104,10 @@ def test_exits_that_are_not_kept_cost_nothing():
     stage, heads = from_linen(Convolved(4, "SAME")), map(DenseHead, (40, 50, 60))
     network = EarlyExitNetwork((stage,) * 3, tuple(map(from_linen, heads)))
     variables, images = shapes(network, 2)
-    whole, flops = macs(network, variables, images), {}
+    whole, flops = xla_macs(network, variables, images), {}
     for exits in ([0, 1, 2], [0, 2], [2], [0]):
         one, own = network.keeping(exits), keep_variables(variables, exits)
-        counted, expected = macs(one, own, images), whole.keeping(exits)
+        counted, expected = xla_macs(one, own, images), whole.keeping(exits)
         np.testing.assert_allclose(counted.stages, expected.stages, rtol=1e-6)
         np.testing.assert_array_equal(counted.heads, expected.heads)
         program = jax.jit(lambda v, x, one=one: one.apply_all(v, x)[0].logits)
@@ -126,7 +126,7 @@ def test_networks_with_memory_and_nested_features_are_counted_without_being_run(
     network = toys.network(3, lambda e, x: jax.debug.callback(lambda _: ran.append(1), x[0, 0]))
     images = jax.ShapeDtypeStruct((2, toys.INPUTS), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
-    costs = macs(network, variables, images)
+    costs = xla_macs(network, variables, images)
     jax.effects_barrier()
     assert not ran
     assert (costs.stages >= toys.INPUTS * toys.WIDTH).all()
