@@ -7,17 +7,19 @@ Expect 84 % to 85 % at the last exit, and about 0.2 points less at 60 % of the m
 last exit 84.4 %, 84.2 % at 0.59 of the cost; 650 images a second; the whole command took 11 min
 27 s with both cores free.
 
-The loss is soft gates with auxiliary losses and the cost regulariser: Scardapane, Comminiello,
+The regime is soft gates with auxiliary losses and the cost regulariser: Scardapane, Comminiello,
 Scarpiniti, Baccarelli, Uncini, *Differentiable branching in deep networks for fast inference*,
 ICASSP 2020.
 """
 
-from experiments.config import Config, DataConfig, NetworkConfig, TrainConfig
+from experiments.cifar.config import Config
+from experiments.data.config import DataConfig
+from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
     data=DataConfig(name="cifar10"),
     network=NetworkConfig(name="fast", width=64, exits=(2, 3, 4)),
     train=TrainConfig(
-        loss="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=9
+        regime="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=9
     ),
 )

@@ -5,12 +5,14 @@
 About as long as CIFAR-10, a quarter of an hour. Not measured yet.
 """
 
-from experiments.config import Config, DataConfig, NetworkConfig, TrainConfig
+from experiments.cifar.config import Config
+from experiments.data.config import DataConfig
+from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
     data=DataConfig(name="cifar100"),
     network=NetworkConfig(name="fast", width=64, exits=(2, 3, 4)),
     train=TrainConfig(
-        loss="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=9
+        regime="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=9
     ),
 )

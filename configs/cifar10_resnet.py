@@ -9,13 +9,15 @@ He et al., *Deep residual learning for image recognition*, CVPR 2016,
 https://arxiv.org/abs/1512.03385; exits as in BranchyNet (Teerapittayanon et al., ICPR 2016).
 """
 
-from experiments.config import Config, DataConfig, NetworkConfig, TrainConfig
+from experiments.cifar.config import Config
+from experiments.data.config import DataConfig
+from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
     data=DataConfig(name="cifar10", shift=4, cutout=8),
     network=NetworkConfig(name="resnet", depth=20, width=64, exits=(3, 5, 7), gate=False),
     train=TrainConfig(
-        loss="joint",
+        regime="joint",
         exit_weights=(0.3, 0.3, 0.3, 1.0),
         label_smoothing=0.1,
         epochs=100,

@@ -6,7 +6,10 @@ Half a minute on two CPU cores; last exit 98 % to 99 %. It shows that everything
 test images a difference under a point is noise.
 """
 
-from experiments.config import Config, DataConfig, NetworkConfig, PoliciesConfig, TrainConfig
+from experiments.cifar.config import Config
+from experiments.data.config import DataConfig
+from experiments.evaluate.config import PoliciesConfig
+from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
     data=DataConfig(name="digits", calibrate=150, choose=300, flip=False, shift=1),

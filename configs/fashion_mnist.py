@@ -5,12 +5,14 @@
 Not measured yet; a few minutes.
 """
 
-from experiments.config import Config, DataConfig, NetworkConfig, TrainConfig
+from experiments.cifar.config import Config
+from experiments.data.config import DataConfig
+from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
     data=DataConfig(name="fashion_mnist", shift=2, cutout=0),
     network=NetworkConfig(name="fast", width=32, exits=(2, 3, 4)),
     train=TrainConfig(
-        loss="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=5
+        regime="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=5
     ),
 )

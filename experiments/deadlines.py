@@ -46,11 +46,11 @@ def main(argv: Sequence[str]) -> int:
     Returns:
       The exit status: 0, or 2 for a mistake.
     """
-    from experiments.cifar.cli import command_line
+    from experiments import command_line
     from experiments.latency import flags as latency_flags
 
     try:
-        asked = command_line(Arguments, "python -m experiments.deadlines", argv, Arguments())
+        asked = command_line.parse(Arguments, "python -m experiments.deadlines", argv, Arguments())
         if asked.calls < 1 or not all(ms > 0 for ms in asked.milliseconds):
             raise ValueError("--calls and --milliseconds: give positive numbers.")
         of_random = [] if asked.run is not None else ["--network", asked.network]

@@ -16,7 +16,7 @@ from eejax import cost
 from eejax.compiling import compiler_options
 from eejax.models import FAMILIES, Published
 from eejax.network import EarlyExitNetwork
-from experiments.cifar.cli import command_line
+from experiments.command_line import parse
 
 SMALL = (32, 32, 3)
 
@@ -124,9 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
         given = sys.argv[1:] if argv is None else argv
-        for line in tables(
-            command_line(Arguments, "python -m experiments.models", given, Arguments())
-        ):
+        for line in tables(parse(Arguments, "python -m experiments.models", given, Arguments())):
             print(line, flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cifar import cli
+from experiments import command_line
+from experiments.cifar.config import Config
+from experiments.command_line import load_config, to_json
 from experiments.compare import __main__ as compare
 from experiments.compare import cells as compare_cells
 from experiments.compare import cli as compare_cli
 from experiments.compare.config import Comparison, check
-from experiments.config import to_json
 from experiments.data import splits as data
 
 DIGITS = ["--data.name", "digits"]
-OWN = cli.load_config(compare_cli.CONFIGS / "digits.py", Comparison)
+OWN = load_config(compare_cli.CONFIGS / "digits.py", Comparison)
 
 
 def parsed(*argv):
@@ -62,7 +63,7 @@ def test_a_data_set_brings_its_configuration_and_flags_override_it():
 def test_a_data_set_without_its_own_file_takes_its_main_jobs(name, monkeypatch):
     resolving_to(monkeypatch, name)
     arguments = compare_cli.parse(["--data.name", name])
-    job = cli.load_config(cli.CONFIGS / f"{name}.py")
+    job = load_config(command_line.CONFIGS / f"{name}.py", Config)
     assert arguments.workdir == Path(f"runs/compare-{name}")
     assert arguments.run.network == job.network
     assert arguments.run.train == job.train
@@ -73,7 +74,7 @@ def test_a_data_set_without_its_own_file_takes_its_main_jobs(name, monkeypatch):
 def test_without_flags_it_is_cifar10_or_says_that_it_had_to_fall_back(monkeypatch):
     resolving_to(monkeypatch, "cifar10")
     whole = compare_cli.parse([])
-    assert whole.run == cli.load_config(compare_cli.CONFIGS / "cifar10.py", Comparison)
+    assert whole.run == load_config(compare_cli.CONFIGS / "cifar10.py", Comparison)
     resolving_to(monkeypatch, "digits")
     instead = compare_cli.parse([])
     assert instead.workdir == Path("runs/compare-digits")
@@ -98,7 +99,7 @@ def test_a_configuration_file_is_taken_and_overridden(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from experiments.compare.config import *\n"
-        "from experiments.config import DataConfig\n"
+        "from experiments.data.config import DataConfig\n"
         "config = Comparison(seeds=(7,), policies=('max_prob', 'vote'),\n"
         "    data=DataConfig(name='digits', calibrate=100, choose=200, certify=300))\n"
     )
@@ -106,7 +107,7 @@ def test_a_configuration_file_is_taken_and_overridden(tmp_path):
     assert (run.seeds, run.policies, run.train.batch) == ((7,), ("max_prob", "vote"), 64)
     assert (run.data.calibrate, run.data.certify) == (100, 300)
     assert run.network == Comparison().network, "not the data set's"
-    path.write_text("from experiments.config import Config\nconfig = Config()\n")
+    path.write_text("from experiments.cifar.config import Config\nconfig = Config()\n")
     assert "Comparison" in refused("--config", str(path))
 
 
@@ -125,9 +126,15 @@ def test_resume_takes_the_stored_configuration_and_flags_extend_it(tmp_path):
     assert more.workdir == tmp_path
 
 
+def test_resume_begins_a_comparison_where_there_is_none(tmp_path):
+    arguments = parsed("--workdir", str(tmp_path / "not there yet"), "--resume")
+    assert arguments.run == OWN
+    assert not arguments.resume, "nothing to continue"
+
+
 @pytest.mark.parametrize("path", sorted(compare_cli.CONFIGS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_configuration_file_can_be_run(path):
-    config = cli.load_config(path, Comparison)
+    config = load_config(path, Comparison)
     check(config)
     assert config.data.name == path.stem
     command = f"python -m experiments.compare --data.name {path.stem}"
@@ -166,9 +173,8 @@ def test_every_configuration_file_can_be_run(path):
         (["--train.exit-weights", "1", "2"], ["2 weights for 4 exits"]),
         (["--jobs", "0"], ["--jobs 0", "at least 1"]),
         (["--resume"], ["--resume needs --workdir"]),
-        (["--resume", "--workdir", "not/there"], ["no run in not/there"]),
         (["--config", "not/there.py"], ["not/there.py", "no such file"]),
-        (["--workdir"], ["--workdir", "expected one argument"]),
+        (["--workdir"], ["--workdir", "Missing value"]),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_and_what_to_do(argv, words):
@@ -195,15 +201,14 @@ def test_a_mistake_ends_with_status_2_and_one_line(capsys):
     assert printed.err.count("\n") == 1
 
 
-def test_a_mistake_comes_without_jax_and_without_a_traceback():
-    command = [sys.executable, "-X", "importtime", "-m", "experiments.compare", "--jobs", "0"]
+def test_a_mistake_comes_without_a_traceback():
+    command = [sys.executable, "-m", "experiments.compare", "--jobs", "0"]
     result = subprocess.run(
         [*command, *DIGITS], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 2
     assert result.stderr.rstrip().splitlines()[-1].startswith("error: --jobs 0")
     assert "Traceback" not in result.stderr
-    assert "jaxlib" not in result.stderr, "a mistake should not wait for JAX to be imported"
 
 
 def test_help_explains_every_field():

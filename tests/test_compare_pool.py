@@ -177,7 +177,7 @@ def test_a_training_that_was_told_to_stop_ends_everything(tmp_path, monkeypatch)
     """It saves its state, and the next one does not begin."""
     from experiments.compare import cells as compare_cells
     from experiments.compare.config import Comparison
-    from experiments.config import DataConfig
+    from experiments.data.config import DataConfig
     from experiments.train import loop
 
     begun = []

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.config import DataConfig
 from experiments.data import archives
 from experiments.data import splits as data
 from experiments.data.archives import Archive
+from experiments.data.config import DataConfig
 
 SEED = 3
 DIGITS = DataConfig(name="digits", calibrate=150, choose=300)

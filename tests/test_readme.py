@@ -37,9 +37,6 @@ def test_every_command_line_is_understood(tmp_path, monkeypatch):
             with pytest.raises(SystemExit) as stop:
                 cli.parse(argv)
             assert stop.value.code == 0
-        elif "--resume" in argv:
-            with pytest.raises(FileNotFoundError, match="there is no run"):
-                cli.parse(argv)
         else:
             cli.parse([*argv, "--data.name", "digits", "--data.calibrate", "9"])
 

@@ -32,10 +32,10 @@ from made_data import (
     some,
 )
 
-from experiments.config import DataConfig, DatasetName
 from experiments.data import archives, prepared
 from experiments.data import splits as data
 from experiments.data.archives import Archive
+from experiments.data.config import DataConfig, DatasetName
 
 
 @pytest.fixture(autouse=True)

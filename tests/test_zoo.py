@@ -9,9 +9,10 @@ from eejax.models import FAMILIES
 from experiments import models
 from experiments.cifar import __main__ as cifar
 from experiments.cifar import cli
+from experiments.cifar.config import Config, check
+from experiments.command_line import CONFIGS
 from experiments.compare import cli as compare_cli
-from experiments.config import Config, NetworkConfig, check
-from experiments.train import zoo
+from experiments.train.config import NetworkConfig, build_network, narrowed
 
 DOCS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
 
@@ -19,7 +20,7 @@ DOCS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
 def test_a_family_takes_what_is_given_and_has_its_own_defaults():
     network = NetworkConfig(name="vgg", exits=(2, 5))
     assert (network.blocks, network.num_exits) == (13, 3)
-    assert zoo.network(network, 7, (32, 32, 3)).num_exits == 3
+    assert build_network(network, 7, (32, 32, 3)).num_exits == 3
     assert NetworkConfig(name="vgg", depth=11).num_exits == 4
     assert NetworkConfig(name="vit", depth=3, options=("exits=all",)).num_exits == 3
     assert NetworkConfig(name="mobilenet", exits=(0.2, 0.5)).num_exits == 3
@@ -27,7 +28,7 @@ def test_a_family_takes_what_is_given_and_has_its_own_defaults():
     assert NetworkConfig(name="isotropic", depth=3).num_exits == 3
     assert NetworkConfig(name="isotropic", depth=3, exits=(1,)).num_exits == 2
     assert NetworkConfig().num_exits == 4
-    deep = zoo.network(NetworkConfig(name="vit", depth=2, options=("size=S",)), 3, (8, 8, 1))
+    deep = build_network(NetworkConfig(name="vit", depth=2, options=("size=S",)), 3, (8, 8, 1))
     assert deep.num_exits == 2
 
 
@@ -70,7 +71,7 @@ def test_a_network_that_cannot_be_is_refused_before_anything_slow(network, said)
 
 def test_another_family_begins_with_its_own_depth_width_and_exits():
     own = NetworkConfig()
-    for argv in (["--data.name", "digits"], ["--config", str(cli.CONFIGS / "digits.py")]):
+    for argv in (["--data.name", "digits"], ["--config", str(CONFIGS / "digits.py")]):
         for name in FAMILIES:
             run = cli.parse([*argv, "--network.name", name]).run
             found = (run.network.depth, run.network.width, run.network.exits)
@@ -100,11 +101,11 @@ def test_a_network_that_the_images_do_not_suit_is_one_line(flags, said, tmp_path
 
 
 def test_a_narrower_network_has_whole_channels_or_a_smaller_factor():
-    assert zoo.narrowed(NetworkConfig(name="fast", width=10), 0.25) == 2
-    assert zoo.narrowed(NetworkConfig(name="resnet"), 0.01) == 1
-    assert zoo.narrowed(NetworkConfig(name="mobilenet"), 0.25) == 0.25
+    assert narrowed(NetworkConfig(name="fast", width=10), 0.25) == 2
+    assert narrowed(NetworkConfig(name="resnet"), 0.01) == 1
+    assert narrowed(NetworkConfig(name="mobilenet"), 0.25) == 0.25
     with pytest.raises(ValueError, match=r"static\.widths.*--network\.width"):
-        zoo.narrowed(NetworkConfig(name="vit"), 0.5)
+        narrowed(NetworkConfig(name="vit"), 0.5)
 
 
 def test_the_tables_of_the_docs_are_what_the_command_prints(capsys):

@@ -8,7 +8,8 @@ minutes, and timing in one and a half.
 """
 
 from experiments.compare.config import Comparison, TargetsConfig
-from experiments.config import DataConfig, NetworkConfig, TrainConfig
+from experiments.data.config import DataConfig
+from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Comparison(
     regimes=("joint", "soft_auxiliary", "soft_literal", "soft_mixture"),

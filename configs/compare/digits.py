@@ -7,7 +7,8 @@ Four minutes on two cores (4 min 1 s, AMD EPYC, jax 0.10.2, 2026-11-21; again fr
 """
 
 from experiments.compare.config import Comparison, DriftConfig, GuaranteeConfig, TargetsConfig
-from experiments.config import DataConfig, NetworkConfig, TrainConfig
+from experiments.data.config import DataConfig
+from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Comparison(
     data=DataConfig(name="digits", calibrate=150, choose=250, certify=250, flip=False, shift=1),

@@ -11,6 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from eejax.checkpoint import CheckpointError
+from experiments.cifar import job
+from experiments.cifar.cli import parse
+from experiments.command_line import execute
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs a command line; a mistake is one line on stderr, without a traceback.
@@ -19,32 +24,15 @@ def main(argv: Sequence[str]) -> int:
       The exit status: 0; 2 for a mistake; 1 for a training that diverged or checkpoints that
       cannot be read; 128 + n after signal n.
     """
-    from experiments.cifar.cli import parse
 
-    try:
+    def begin() -> tuple:
         arguments = parse(argv)
-        # Only now that the command line is known to be right: JAX takes seconds to import.
-        from experiments.cifar import job
+        return arguments, job.prepare(arguments, argv)
 
-        prepared = job.prepare(arguments, argv)
-    except (ValueError, OSError) as error:
-        return _complain(f"error: {error}", 2)
+    def work(begun: tuple) -> None:
+        job.run(*begun)
 
-    from eejax.checkpoint import CheckpointError
-    from experiments.train.loop import Stopped
-
-    try:
-        job.run(arguments, prepared)
-    except (FloatingPointError, CheckpointError) as error:
-        return _complain(f"error: {error}", 1)
-    except Stopped as stopped:
-        return _complain(str(stopped), stopped.code)
-    return 0
-
-
-def _complain(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
-    return status
+    return execute(begin, work, (FloatingPointError, CheckpointError))
 
 
 if __name__ == "__main__":

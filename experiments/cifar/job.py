@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 
-from eejax import cost
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import route
 from eejax.inference.compaction import compact
@@ -22,16 +20,16 @@ from eejax.network import EarlyExitNetwork
 from eejax.policies.temperature import with_temperatures
 from eejax.selection.thresholds import for_budget
 from eejax.trace import collect
-from eejax.training.state import TrainState, init_state
-from eejax.training.step import make_train_steps
-from experiments.cifar.cli import Arguments, read_run
-from experiments.config import to_json
+from experiments.cifar.cli import Arguments
+from experiments.cifar.config import Config
+from experiments.command_line import read_run, to_json
 from experiments.data import splits as data
 from experiments.evaluate import rows as evaluate
 from experiments.evaluate import timing
 from experiments.report import report
 from experiments.report.environment import circumstances
-from experiments.train import build, loop
+from experiments.train import loop, trained
+from experiments.train.config import trains_gate
 
 GALLERY = 24
 COLLAPSED = 0.2
@@ -65,13 +63,13 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     console = Console(soft_wrap=True)
     config = arguments.run
     with console.status("reading images"):
-        dataset = data.load(config.data, config.seed)
+        dataset = trained.dataset(_train_run(config))
     if len(dataset.train.images) < config.train.batch:
         raise ValueError(
             f"train.batch: {config.train.batch} for {len(dataset.train.images)} training images; "
             "give a smaller batch."
         )
-    network = build.network(config.network, dataset)
+    network = trained.network(_train_run(config))
     workdir, facts = _begin(arguments, argv, dataset)
     if facts["notice"]:
         console.print(Panel(facts["notice"], title="NOTICE", style="bold yellow"))
@@ -89,11 +87,10 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
     config = arguments.run
     dataset, network, workdir, facts, console = prepared
 
-    # What the network costs.
-    key = jax.random.key(config.seed)
-    image = jnp.asarray(dataset.train.images[:1])
-    shapes = jax.eval_shape(network.init, key, image)
-    costs = cost.xla_macs(network, shapes, image)
+    # Training.
+    training = _train_run(config)
+    costs = trained.costs(training)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), dataset.train.images[:1])
     size = sum(p.size for p in jax.tree.leaves(shapes["params"]))
     words = (
         f"{config.network.name}, {network.num_exits} exits at "
@@ -101,47 +98,16 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
         f"{costs.cumulative[-1] / 1e6:.2f} M multiply-accumulates, {size / 1e6:.2f} M parameters"
     )
     console.print(f"{dataset.name}: {dataset.source}\n{words}\neverything goes to {workdir}")
-
-    # Training.
-    steps = len(dataset.train.images) // config.train.batch * config.train.epochs
-    optimiser = build.optimiser(config.train, steps)
-    train_steps = make_train_steps(
-        network,
-        optimiser,
-        build.objective(config.train, costs.fractions),
-        build.augmentation(config.data, dataset.mean),
-    )
-
-    def watch(state: TrainState) -> list[float]:
-        trace = collect(network, state.variables, *dataset.calibrate)
-        return (trace.logits.argmax(-1) == trace.labels[:, None]).mean(0).tolist()
-
-    state, rows = loop.train(
-        train_steps,
-        init_state(network, optimiser, key, image),
-        key,
-        dataset.train,
-        loop.Plan(
-            config.train.epochs,
-            config.train.batch,
-            config.train.steps_per_dispatch,
-            config.train.checkpoint_seconds,
-        ),
-        workdir=workdir,
-        resume=arguments.resume,
-        watch=watch,
-        learning_rate=build.schedule(config.train, config.train.learning_rate, steps),
-        console=console,
-    )
+    _, variables, _, _, rows = trained.trained(training, config.seed, workdir, console)
     history = loop.epochs(rows)
 
     # Traces, temperatures, thresholds.
-    learned_gate = config.train.loss != "joint"
+    learned_gate = trains_gate(config.train.regime)
     names = tuple(n for n in config.policies.names if n != "gate" or learned_gate)
     with console.status("recording traces and choosing thresholds"):
         traces = evaluate.Traces(
             *(
-                collect(network, state.variables, *split)
+                collect(network, variables, *split)
                 for split in (dataset.calibrate, dataset.choose, dataset.test)
             )
         )
@@ -164,7 +130,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
     limits = for_budget(
         scored[chosen].choose.scores, correct, costs.fractions, config.inference.budget
     ).thresholds
-    policy = with_temperatures(build.POLICIES[chosen], tuple(temperatures.tolist()))
+    policy = with_temperatures(evaluate.POLICIES[chosen], tuple(temperatures.tolist()))
     with console.status("timing compiled inference"):
         inference = [
             {
@@ -173,7 +139,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
                     strategy,
                     executor,
                     network,
-                    state.variables,
+                    variables,
                     policy,
                     limits,
                     dataset.test.images,
@@ -225,6 +191,11 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
     return result
 
 
+def _train_run(config: Config) -> trained.TrainRun:
+    """The training of a run; its splits are drawn with the run's seed."""
+    return trained.TrainRun(config.data, config.network, config.train, split_seed=config.seed)
+
+
 def _begin(
     arguments: Arguments, argv: Sequence[str], dataset: data.Dataset
 ) -> tuple[Path, dict[str, Any]]:
@@ -258,7 +229,7 @@ def _collapse_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"gate collapse: {100 * mean.max():.1f} % of the gates' exit distribution lies on exit "
         f"{int(mean.argmax()) + 1} of {len(mean)} (entropy {entropy:.2f} of 1), so the other heads "
-        "have hardly learned through the gates. Try --train.loss "
+        "have hardly learned through the gates. Try --train.regime "
         "soft_auxiliary with a higher or lower --train.cost-weight."
     ]
 

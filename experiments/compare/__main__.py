@@ -11,6 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from experiments.command_line import execute
+from experiments.compare import job
+from experiments.compare.cli import parse
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs a command line; a mistake is one line on stderr, without a traceback.
@@ -19,30 +23,15 @@ def main(argv: Sequence[str]) -> int:
       The exit status: 0; 2 for a mistake; 1 where nothing could be compared, because every network
       failed; 130 when it was interrupted.
     """
-    from experiments.compare.cli import parse
 
-    try:
-        try:
-            arguments = parse(argv)
-            # Only now that the command line is known to be right: JAX takes seconds to import.
-            from experiments.compare import job as compare_job
+    def begin() -> tuple:
+        arguments = parse(argv)
+        return arguments, job.prepare(arguments, argv)
 
-            prepared = compare_job.prepare(arguments, argv)
-        except (ValueError, OSError) as error:
-            return _complain(f"error: {error}", 2)
-        try:
-            compare_job.run(arguments, prepared)
-        except compare_job.NothingToCompare as error:
-            return _complain(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        words = "interrupted; what is done is kept, continue with the same command"
-        return _complain(words, 130)
-    return 0
+    def work(begun: tuple) -> None:
+        job.run(*begun)
 
-
-def _complain(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
-    return status
+    return execute(begin, work, (job.NothingToCompare,))
 
 
 if __name__ == "__main__":

@@ -12,24 +12,23 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from eejax import checkpoint, cost
-from eejax.network import EarlyExitNetwork, Variables
+from eejax.network import Variables
 from eejax.trace import Trace, collect, fingerprints, read_trace, save_trace
-from eejax.training.state import init_state
-from eejax.training.step import make_train_steps
+from experiments.command_line import to_json
 from experiments.compare.config import Comparison, DriftConfig
-from experiments.config import DataConfig, NetworkConfig, TrainConfig, to_json
 from experiments.data import splits as data
 from experiments.data.cache import replacing
+from experiments.data.config import DataConfig
 from experiments.data.corruptions import corrupt
-from experiments.train import build, loop, zoo
+from experiments.train import loop
+from experiments.train import trained as training
+from experiments.train.config import NetworkConfig, TrainConfig, narrowed
+from experiments.train.trained import TrainRun
 
 FORMAT = 1  # raise it when what a cell holds changes: older ones then are made anew
 
@@ -60,6 +59,11 @@ class Cell:
     train: TrainConfig
 
     @property
+    def run(self) -> TrainRun:
+        """Its training, up to the seed. Images are held out in the same way for all seeds."""
+        return TrainRun(self.data, self.network, self.train, self.ends_at)
+
+    @property
     def key(self) -> str:
         """A name for the directory, which changes with everything that changes the result."""
         made_of = to_json(self)
@@ -76,15 +80,20 @@ class Cell:
         return workdir / "networks" / self.key
 
 
+def dataset(config: Comparison) -> data.Dataset:
+    """The images of a comparison."""
+    return training.dataset(TrainRun(config.data, config.network, config.train))
+
+
 def cells(config: Comparison) -> list[Cell]:
     """Everything that a comparison trains; all seeds of a network follow one another."""
     # "auto" could mean other images to a worker, or another day.
-    images = dataclasses.replace(config.data, name=dataset(config.data).name)
+    images = dataclasses.replace(config.data, name=dataset(config).name)
     full = dataclasses.replace(config.network, gate=True)
     last = full.num_exits - 1
-    plain = dataclasses.replace(config.train, loss="joint", exit_weights=(), cost_weight=0.0)
+    plain = dataclasses.replace(config.train, regime="joint", exit_weights=(), cost_weight=0.0)
     made: list[tuple[str, Literal["regime", "static"], NetworkConfig, int | None, TrainConfig]] = [
-        (regime, "regime", full, None, dataclasses.replace(config.train, loss=regime))
+        (regime, "regime", full, None, dataclasses.replace(config.train, regime=regime))
         for regime in config.regimes
     ]
     alone = dataclasses.replace(full, gate=False)
@@ -93,7 +102,7 @@ def cells(config: Comparison) -> list[Cell]:
         for e in config.static.exits or range(1, last + 1):
             made.append((f"depth to exit {e}", "static", alone, e - 1, plain))
         for share in config.static.widths:
-            narrow = dataclasses.replace(alone, width=zoo.narrowed(alone, share))
+            narrow = dataclasses.replace(alone, width=narrowed(alone, share))
             made.append((f"width {share:g}", "static", narrow, last, plain))
     return [
         Cell(name, kind, seed, images, network, ends_at, train)
@@ -118,52 +127,9 @@ class Traces(NamedTuple):
     test: Trace
 
 
-@functools.cache
-def dataset(config: DataConfig) -> data.Dataset:
-    """The images, read once a process; held out in the same way for every seed of training."""
-    return data.load(config, 0)
-
-
-@functools.cache
-def network(config: NetworkConfig, ends_at: int | None, images: DataConfig) -> EarlyExitNetwork:
-    """The network of a cell; the same object for every seed, so that it is compiled once."""
-    whole = build.network(config, dataset(images))
-    return whole if ends_at is None else whole.keeping([ends_at])
-
-
-@functools.cache
-def fractions(config: NetworkConfig, ends_at: int | None, images: DataConfig) -> cost.Costs:
-    """Multiply-accumulates of its stages and heads."""
-    made = network(config, ends_at, images)
-    image = jnp.asarray(dataset(images).train.images[:1])
-    shapes = jax.eval_shape(made.init, jax.random.key(0), image)
-    return cost.xla_macs(made, shapes, image)
-
-
-@functools.cache
-def _training(
-    config: NetworkConfig, ends_at: int | None, images: DataConfig, train: TrainConfig
-) -> Any:
-    """How a fresh state is made from a key, the compiled step, and the learning rate; what does not
-    depend on the seed is made, and compiled, once."""
-    made, held = network(config, ends_at, images), dataset(images)
-    steps = len(held.train.images) // train.batch * train.epochs
-    optimiser = build.optimiser(train, steps)
-    costs = fractions(config, ends_at, images)
-    step = make_train_steps(
-        made,
-        optimiser,
-        build.objective(train, costs.fractions),
-        build.augmentation(images, held.mean),
-    )
-    image = jnp.asarray(held.train.images[:1])
-    fresh = jax.jit(lambda key: init_state(made, optimiser, key, image))
-    return fresh, step, build.schedule(train, train.learning_rate, steps)
-
-
 def macs(cell: Cell) -> np.ndarray:
     """`[E]`, multiply-accumulates of leaving at each exit of a cell's network."""
-    return fractions(cell.network, cell.ends_at, cell.data).cumulative
+    return training.costs(cell.run).cumulative
 
 
 def prepare(cell: Cell, drift: DriftConfig, workdir: Path) -> None:
@@ -178,13 +144,8 @@ def prepare(cell: Cell, drift: DriftConfig, workdir: Path) -> None:
     place = cell.directory(workdir)
     place.mkdir(parents=True, exist_ok=True)
     if not (place / DONE).exists():
-        try:
-            _train(cell, place)
-        except loop.Stopped as stopped:
-            # Or it would be a failure like others, and the next training would begin.
-            raise KeyboardInterrupt(str(stopped)) from stopped
-    held = dataset(cell.data)
-    made = network(cell.network, cell.ends_at, cell.data)
+        _train(cell, place)
+    held, network = training.dataset(cell.run), training.network(cell.run)
     variables = trained(cell, workdir)
     for name in missing(cell, drift, workdir):
         if name in ("held_out", "test"):
@@ -194,14 +155,14 @@ def prepare(cell: Cell, drift: DriftConfig, workdir: Path) -> None:
             images = corrupt(held.test.images[: int(count)], kind, int(severity), seed=0)
             split = data.Split(images, held.test.labels[: int(count)])
         with replacing(place / f"{name}.npz") as temporary:
-            save_trace(temporary, collect(made, variables, *split))
+            save_trace(temporary, collect(network, variables, *split))
 
 
 def missing(cell: Cell, drift: DriftConfig, workdir: Path) -> list[str]:
     """The files that `prepare` would write after training."""
     wanted = ["held_out", "test"]
     if cell.kind == "regime" and drift.policies:
-        count = min(drift.images, len(dataset(cell.data).test.images))
+        count = min(drift.images, len(training.dataset(cell.run).test.images))
         wanted += [drift_name(k, s, count) for k in drift.kinds for s in drift.severities]
     place = cell.directory(workdir)
     return [name for name in wanted if not (place / f"{name}.npz").exists()]
@@ -251,53 +212,25 @@ def select(trace: Trace, rows: np.ndarray) -> Trace:
 
 
 @functools.cache
-def training_ids(images: DataConfig) -> np.ndarray:
-    """Which samples networks were trained on."""
-    return fingerprints(dataset(images).train.images)
+def training_ids(run: TrainRun) -> np.ndarray:
+    """Fingerprints of the samples that a network was trained on."""
+    return fingerprints(training.dataset(run).train.images)
 
 
 def trained(cell: Cell, workdir: Path) -> Variables:
-    """Its variables."""
-    fresh, _, _ = _training(cell.network, cell.ends_at, cell.data, cell.train)
-    like = jax.eval_shape(fresh, jax.random.key(0))
-    _, state = checkpoint.restore(cell.directory(workdir) / loop.CHECKPOINTS, like)
-    return state.variables
+    """Its variables, read from its directory."""
+    console = Console(quiet=True)
+    return training.trained(cell.run, cell.seed, cell.directory(workdir), console).variables
 
 
 def _train(cell: Cell, place: Path) -> None:
-    held = dataset(cell.data)
-    made = network(cell.network, cell.ends_at, cell.data)
-    fresh, step, rate = _training(cell.network, cell.ends_at, cell.data, cell.train)
-    key = jax.random.key(cell.seed)
-
-    def watch(state: Any) -> list[float]:
-        trace = collect(made, state.variables, *held.calibrate)
-        return (trace.logits.argmax(-1) == trace.labels[:, None]).mean(0).tolist()
-
     with (place / "log.txt").open("a") as log:
-        _, rows = loop.train(
-            step,
-            fresh(key),
-            key,
-            held.train,
-            loop.Plan(
-                cell.train.epochs,
-                cell.train.batch,
-                cell.train.steps_per_dispatch,
-                cell.train.checkpoint_seconds,
-            ),
-            workdir=place,
-            resume=(place / loop.METRICS).exists(),
-            watch=watch,
-            learning_rate=rate,
-            console=Console(file=log, width=120),
-        )
-    costs = fractions(cell.network, cell.ends_at, cell.data)
+        result = training.trained(cell.run, cell.seed, place, Console(file=log, width=120))
     facts = {
         "cell": to_json(cell),
-        "seconds": rows[-1]["seconds"],
-        "macs": costs.cumulative.tolist(),
-        "gate_mean": rows[-1]["gate_mean"],
+        "seconds": result.rows[-1]["seconds"],
+        "macs": result.costs.cumulative.tolist(),
+        "gate_mean": result.rows[-1]["gate_mean"],
     }
     with replacing(place / DONE) as temporary:
         temporary.write_text(json.dumps(facts, indent=1))

@@ -174,7 +174,7 @@ def _guaranteed(
 ) -> Iterator[Chosen]:
     """Certified risks, alone and together with a certified mean cost."""
     used = {
-        "training": compare_cells.training_ids(subject.cells[0].data),
+        "training": compare_cells.training_ids(subject.cells[0].run),
         "calibrating temperatures": traces.calibrate.ids,
     }
     judged, losses = traces.choose, guarantees.errors(family.certify, traces.certify.labels)

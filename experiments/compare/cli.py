@@ -1,8 +1,7 @@
-"""The command line of `experiments.compare`, checked. Nothing here imports JAX."""
+"""The command line of the comparison: flags and files to a checked `Comparison`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,13 @@ from typing import Annotated
 
 import tyro
 
-from experiments.cifar import cli
+from experiments import command_line
+from experiments.cifar.config import Config
+from experiments.command_line import load_config, of_family
 from experiments.compare.config import Comparison, check
 from experiments.data.splits import resolve
 
-CONFIGS = cli.CONFIGS / "compare"
+CONFIGS = command_line.CONFIGS / "compare"
 
 
 @dataclass(frozen=True)
@@ -30,64 +31,54 @@ class Arguments:
     workdir: Path | None = None
     """Directory for everything. Default: runs/compare-DATASET."""
     resume: bool = False
-    """Take the configuration that --workdir was begun with; flags override it."""
+    """Take the configuration that --workdir was begun with; flags override it. If there is none
+    yet, begin one, so that a job scheduler can restart the same command."""
     jobs: int | None = None
     """Trainings, and choices, at a time. Default: one a core; one where there is an accelerator."""
     run: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Arguments from the command line, checked; the data set that they name can be had, and is
-    named, and so is the directory.
+    """Reads and checks a command line; the data set that it names can be had.
+
+    Returns:
+      The arguments, with the data set and the directory named; `resume` is true only if there is
+      a comparison to continue.
 
     Raises:
       ValueError, FileNotFoundError: a one-line reason, before anything is downloaded, compiled or
         written.
-      SystemExit: `--help` was asked for.
+      SystemExit: after `--help`.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--workdir", type=Path)
-    early.add_argument("--resume", action="store_true")
-    early.add_argument("--network.name", dest="family")
-    try:
-        known, _ = early.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    if known.resume:
-        if known.workdir is None:
-            raise ValueError("--resume needs --workdir, the directory of the comparison.")
-        stored = cli.read_run(known.workdir)["config"]
-        start = cli.from_json(Comparison, stored)
-    elif known.config is not None:
-        start = cli.of_family(cli.load_config(known.config, Comparison), known.family)
-    else:
-        start = cli.of_family(Comparison(), known.family)
-    arguments = _tyro(argv, start)
+    start = command_line.parse_start(argv)
+    stored = command_line.stored_config(start, Comparison)
+    file = Comparison() if start.config is None else load_config(start.config, Comparison)
+    arguments = _parse(argv, of_family(file, start.family) if stored is None else stored)
     asked = arguments.run.data.name
     name = resolve(arguments.run.data)
-    if not known.resume and known.config is None:
-        arguments = _tyro(argv, cli.of_family(_default(name), known.family))
+    if stored is None and start.config is None:
+        arguments = _parse(argv, of_family(_default(name), start.family))
     # The data set's name, unless "auto" has to tell that this is a fall-back.
     fell_back = asked == "auto" and name == "digits"
-    images = dataclasses.replace(arguments.run.data, name="auto" if fell_back else name)
-    workdir = arguments.workdir or Path("runs") / f"compare-{name}"
-    run = dataclasses.replace(arguments.run, data=images)
+    data = dataclasses.replace(arguments.run.data, name="auto" if fell_back else name)
+    run = dataclasses.replace(arguments.run, data=data)
     check(run)
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs {arguments.jobs}: give at least 1.")
-    return dataclasses.replace(arguments, run=run, workdir=workdir)
+    workdir = arguments.workdir or Path("runs") / f"compare-{name}"
+    return dataclasses.replace(arguments, run=run, workdir=workdir, resume=stored is not None)
 
 
 def _default(name: str) -> Comparison:
     """The comparison for a data set: its own, else one around its main job's configuration."""
     path = CONFIGS / f"{name}.py"
     if path.is_file():
-        return cli.load_config(path, Comparison)
-    job = cli.load_config(cli.CONFIGS / f"{name}.py")
-    images = dataclasses.replace(job.data, certify=1_000)
-    return Comparison(data=images, network=job.network, train=job.train)
+        return load_config(path, Comparison)
+    job = load_config(command_line.CONFIGS / f"{name}.py", Config)
+    data = dataclasses.replace(job.data, certify=1_000)
+    return Comparison(data=data, network=job.network, train=job.train)
 
 
-def _tyro(argv: Sequence[str], start: Comparison) -> Arguments:
-    return cli.command_line(Arguments, "python -m experiments.compare", argv, Arguments(run=start))
+def _parse(argv: Sequence[str], run: Comparison) -> Arguments:
+    prog = "python -m experiments.compare"
+    return command_line.parse(Arguments, prog, argv, Arguments(run=run))

@@ -1,7 +1,4 @@
-"""The configuration of a comparison: what is trained, what decides, at which targets.
-
-Nothing here imports JAX, so that a mistake is reported before anything slow begins.
-"""
+"""The configuration of a comparison: what is trained, what decides, at which targets."""
 
 from __future__ import annotations
 
@@ -9,8 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from experiments.config import Config, DataConfig, NetworkConfig, TrainConfig
-from experiments.config import check as check_run
+from experiments.cifar.config import Config
+from experiments.cifar.config import check as check_run
+from experiments.data.config import DataConfig
+from experiments.train.config import NetworkConfig, TrainConfig
 
 Regime = Literal["joint", "soft_literal", "soft_auxiliary", "soft_mixture"]
 PolicyName = Literal[
@@ -127,7 +126,7 @@ class Comparison:
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    """As in the main job; the regimes take the place of train.loss."""
+    """As in the main job; the regimes take the place of train.regime."""
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     guarantee: GuaranteeConfig = field(default_factory=GuaranteeConfig)
     static: StaticConfig = field(default_factory=StaticConfig)
@@ -144,7 +143,7 @@ def check(config: Comparison) -> None:
     exits = config.network.num_exits
     # The parts that the main job has too; its loss is each of the regimes.
     for regime in config.regimes:
-        train = dataclasses.replace(config.train, loss=regime)
+        train = dataclasses.replace(config.train, regime=regime)
         check_run(Config(data=config.data, network=config.network, train=train))
     for name, values in (
         ("seeds", config.seeds),

@@ -22,6 +22,7 @@ from eejax.policies import learned as scheduler
 from eejax.policies import temperature as calibration
 from eejax.selection import bounds, guarantees, placement, thresholds
 from eejax.trace import Trace
+from experiments.command_line import to_json
 from experiments.compare import choose as compare_choose
 from experiments.compare import drift as compare_drift
 from experiments.compare import policies as compare_policies
@@ -36,7 +37,6 @@ from experiments.compare.choose import (
     subject_traces,
 )
 from experiments.compare.drift import drifted
-from experiments.config import to_json
 from experiments.data.cache import replacing
 
 # What is decided depends on these; when one changes, everything is decided anew.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.panel import Panel
 
-from experiments.cifar.cli import read_run
+from experiments.command_line import read_run, to_json
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
 from experiments.compare import report as compare_report
@@ -27,10 +27,10 @@ from experiments.compare.config import Comparison
 from experiments.compare.differences import Answer, correct_at_last
 from experiments.compare.results import Facts
 from experiments.compare.timing import Contender
-from experiments.config import to_json
 from experiments.report import report
 from experiments.report.environment import circumstances
 from experiments.train import pool as compare_pool
+from experiments.train import trained
 from experiments.train.pool import Job
 
 
@@ -63,7 +63,7 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     config, workdir = arguments.run, arguments.workdir
     assert workdir is not None
     with console.status("reading images"):
-        dataset = compare_cells.dataset(config.data)
+        dataset = compare_cells.dataset(config)
     for name, batch, images in (
         ("train.batch", config.train.batch, dataset.train.images),
         ("timing.batch", config.timing.batch, dataset.test.images),
@@ -71,7 +71,7 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
         if len(images) < batch:
             raise ValueError(f"{name}: {batch} for {len(images)} images; give a smaller batch.")
     for cell in compare_cells.cells(config):  # made here, so that a mistake is no failed training
-        compare_cells.network(cell.network, cell.ends_at, cell.data)
+        trained.network(cell.run)
     facts = {
         "dataset": dataset.name,
         "data_source": dataset.source,

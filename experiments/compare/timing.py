@@ -32,6 +32,7 @@ from experiments.compare.choose import CASCADE, Subject, subject_traces
 from experiments.compare.policies import fitted
 from experiments.data.cache import replacing
 from experiments.report.environment import PACKAGES, circumstances
+from experiments.train import trained
 
 FORMAT = 3  # raise it when what is measured, or how, changes
 BATCHES = 4
@@ -59,8 +60,8 @@ def unit_ms(cell: Cell, workdir: Path, batch: int, repeats: int) -> cost.Costs:
     """Measured milliseconds of each stage and head for a batch, kept for the next time."""
 
     def measure() -> Any:
-        images = jnp.asarray(compare_cells.dataset(cell.data).test.images[:batch])
-        network = compare_cells.network(cell.network, cell.ends_at, cell.data)
+        images = jnp.asarray(trained.dataset(cell.run).test.images[:batch])
+        network = trained.network(cell.run)
         found = benchmark.seconds(network, compare_cells.trained(cell, workdir), images, repeats)
         return [(1e3 * part).tolist() for part in found]
 
@@ -94,7 +95,7 @@ def timed(
 def _timed(
     contenders: Sequence[Contender], units: cost.Costs, workdir: Path, batch: int, repeats: int
 ) -> list[dict[str, Any]]:
-    images = compare_cells.dataset(contenders[0].cells[0].data).test.images
+    images = trained.dataset(contenders[0].cells[0].run).test.images
     count = min(BATCHES, len(images) // batch)
     pieces = [images[i * batch : (i + 1) * batch] for i in range(count)]
     ready: dict[Any, Predictor] = {}  # one program serves all thresholds
@@ -126,7 +127,7 @@ def _entry(
 
 
 def _network(contender: Contender, workdir: Path) -> tuple[EarlyExitNetwork, Variables]:
-    networks = [compare_cells.network(c.network, c.ends_at, c.data) for c in contender.cells]
+    networks = [trained.network(c.run) for c in contender.cells]
     variables = [compare_cells.trained(c, workdir) for c in contender.cells]
     if len(networks) > 1:
         return cascade(networks), cascade_variables(variables)
@@ -146,7 +147,7 @@ def _policy(contender: Contender, workdir: Path) -> Policy:
 
 
 def _macs(contender: Contender) -> np.ndarray:
-    parts = [compare_cells.fractions(c.network, c.ends_at, c.data) for c in contender.cells]
+    parts = [trained.costs(c.run) for c in contender.cells]
     if len(parts) > 1:
         return np.cumsum([p.cumulative[-1] for p in parts])
     return (parts[0] if contender.keep is None else parts[0].keeping(contender.keep)).cumulative
@@ -159,7 +160,7 @@ def placed(
     None, and the reason, where the budget is below the first exit's time."""
     traces = compare_cells.traces(cell, workdir)
 
-    macs = compare_cells.fractions(cell.network, cell.ends_at, cell.data)
+    macs = trained.costs(cell.run)
 
     def make(exits: tuple[int, ...]) -> Policy:
         # At the costs that the policy is made with when it is timed.

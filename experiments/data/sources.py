@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.config import DataConfig
 from experiments.data import archives, cache, prepared
 from experiments.data.archives import Archive, Progress
 from experiments.data.cache import Decoded
+from experiments.data.config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)

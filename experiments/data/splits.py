@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.config import DataConfig
 from experiments.data import sources
 from experiments.data.archives import Progress
 from experiments.data.cache import Decoded
+from experiments.data.config import DataConfig
 from experiments.data.sources import SPECS
 
 

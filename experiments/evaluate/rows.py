@@ -6,13 +6,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eejax import policies
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import Routed, Scored, route, score
+from eejax.policies.base import Policy
 from eejax.policies.temperature import fit_temperatures, with_temperatures
 from eejax.selection import thresholds
 from eejax.trace import Trace
-from experiments.config import PoliciesConfig
-from experiments.train.build import POLICIES
+from experiments.evaluate.config import PoliciesConfig
+
+POLICIES: dict[str, Policy] = {
+    "max_prob": policies.max_prob,
+    "entropy": policies.entropy,
+    "margin": policies.margin,
+    "gate": policies.gate,
+}
 
 
 class Traces(NamedTuple):

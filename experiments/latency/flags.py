@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from experiments.cifar.cli import command_line
-from experiments.config import Config, NetworkConfig, PolicyName, TrainConfig, check
+from experiments import command_line
+from experiments.cifar.config import Config, check
+from experiments.evaluate.config import PolicyName
+from experiments.train.config import NetworkConfig, TrainConfig
 
 STRATEGIES = ("full", "cond", "compact", "loop", "host", "stream", "auto")
 TILED = ("compact", "loop", "host", "stream")
@@ -104,7 +106,7 @@ def parse(argv: Sequence[str]) -> Arguments:
       ValueError, FileNotFoundError: a one-line reason.
       SystemExit: `--help` was asked for.
     """
-    arguments = command_line(Arguments, "python -m experiments.latency", argv, Arguments())
+    arguments = command_line.parse(Arguments, "python -m experiments.latency", argv, Arguments())
     _check(arguments)
     return arguments
 
@@ -198,7 +200,7 @@ def _check(arguments: Arguments) -> None:
     else:
         network = arguments.network_config()
         try:
-            check(Config(network=network, train=TrainConfig(loss="joint")))
+            check(Config(network=network, train=TrainConfig(regime="joint")))
         except ValueError as error:
             raise ValueError(str(error).replace("network.", "--")) from None
         if arguments.rates is not None:

@@ -10,23 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from rich.console import Console
 
-from eejax import cost
-from eejax.checkpoint import restore
 from eejax.evaluation.routing import score
-from eejax.network import EarlyExitNetwork, Variables
+from eejax.network import EarlyExitNetwork, Variables, normalise
 from eejax.policies.base import Policy
 from eejax.policies.temperature import fit_temperatures, with_temperatures
 from eejax.selection.thresholds import for_budget
 from eejax.trace import Trace, collect
-from eejax.training.state import init_state
-from experiments.cifar.cli import from_json, read_run
-from experiments.config import Config
+from experiments.cifar.config import Config
+from experiments.command_line import from_json, read_run
 from experiments.data import splits as data
+from experiments.evaluate.rows import POLICIES
 from experiments.latency.flags import Arguments, is_stream, rates_of
-from experiments.train import build
-from experiments.train.loop import CHECKPOINTS
+from experiments.train import trained
+from experiments.train.config import build_network
 
 # At batch 1 every call serves another image, of so many, so that a distribution can be had.
 SINGLES = 64
@@ -127,13 +125,14 @@ def _random(arguments: Arguments, count: int) -> Subject:
     splits = (split, split, split, split, split)
     dataset = data.Dataset("random", classes, *splits, "", "random", *moments)
     config = arguments.network_config()
-    network = build.network(config, dataset)
+    bare = build_network(config, len(dataset.classes), images.shape[1:])
+    network = bare.reading(normalise(dataset.mean, dataset.std))
     variables = jax.jit(network.init)(jax.random.key(arguments.seed), jnp.asarray(images[:1]))
     trace = _trace(network, variables, images)
     # Logits of a deep random network are in the thousands, where every answer is certain and all
     # scores are the same.
     spread = trace.logits.std(axis=(0, 2))
-    policy = with_temperatures(build.POLICIES[arguments.policy], np.maximum(spread, 1e-6).tolist())
+    policy = with_temperatures(POLICIES[arguments.policy], np.maximum(spread, 1e-6).tolist())
     rates = rates_of("trained", network.num_exits, arguments.rates)
     scores = score(policy, trace).scores
     name = f"random {config.words}, {side}x{side} images"
@@ -146,35 +145,29 @@ def _of_run(arguments: Arguments, count: int) -> Subject:
     try:
         config: Config = from_json(Config, read_run(arguments.run)["config"])
     except (ValueError, OSError) as error:
-        raise ValueError(str(error).replace("--resume:", "--run:")) from None
+        raise ValueError(f"--run: {error}") from None
     # The splits were drawn with the run's seed.
-    dataset = data.load(config.data, config.seed)
-    network = build.network(config.network, dataset)
-    image = jnp.asarray(dataset.train.images[:1])
-    steps = len(dataset.train.images) // config.train.batch * config.train.epochs
-    optimiser = build.optimiser(config.train, steps)
-    here = SingleDeviceSharding(jax.devices()[0])
-    key = jax.random.key(config.seed)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        jax.eval_shape(lambda: init_state(network, optimiser, key, image)),
+    training = trained.TrainRun(config.data, config.network, config.train, split_seed=config.seed)
+    quiet = Console(quiet=True)
+    network, variables, costs, dataset, rows = trained.trained(
+        training, config.seed, arguments.run, quiet
     )
-    step, state = restore(arguments.run / CHECKPOINTS, like)
-    variables = state.variables
 
     temperatures = fit_temperatures(collect(network, variables, *dataset.calibrate))
-    policy = with_temperatures(build.POLICIES[config.inference.policy], temperatures.tolist())
+    policy = with_temperatures(POLICIES[config.inference.policy], temperatures.tolist())
     choose = score(policy, collect(network, variables, *dataset.choose))
     limits = for_budget(
         choose.scores,
         choose.predictions == dataset.choose.labels[:, None],
-        cost.xla_macs(network, variables, image).fractions,
+        costs.fractions,
         config.inference.budget,
     ).thresholds
     # Small test splits are repeated.
     images = dataset.test.images[np.arange(count) % len(dataset.test.images)]
     scores = score(policy, _trace(network, variables, images)).scores
-    name = f"{config.network.words}, {dataset.name}, step {step} of {arguments.run.name}"
+    name = (
+        f"{config.network.words}, {dataset.name}, step {rows[-1]['step']} of {arguments.run.name}"
+    )
     return Subject(
         name, network, variables, policy, images, scores, None, np.asarray(limits, np.float32)
     )

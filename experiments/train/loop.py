@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """A signal ended the run; the state is saved.
 
     Attributes:
@@ -99,6 +99,8 @@ def train(
     step = 0
     if resume:
         step, state, rows = _restore(workdir, state, console)
+        if step == total:
+            return state, rows
     _write_rows(workdir, rows)
     seconds = rows[-1]["seconds"] if rows else 0.0
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)

@@ -1,0 +1,227 @@
+"""What all commands share: flags and configuration files, one-line mistakes, exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import cattrs
+import tyro
+from cattrs.preconf.json import make_converter
+
+from experiments.train.config import NetworkConfig
+
+T = TypeVar("T")
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+STORED = "config.json"
+
+_converter = make_converter(forbid_extra_keys=True)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Flags that decide which configuration the others override.
+
+    Attributes:
+      config: file.
+      workdir: directory of the run.
+      resume: whether to continue the run in it.
+      family: `--network.name`.
+    """
+
+    config: Path | None = None
+    workdir: Path | None = None
+    resume: bool = False
+    family: Annotated[str | None, tyro.conf.arg(name="network.name")] = None
+
+
+def parse(kind: type[T], prog: str, argv: Sequence[str], default: T) -> T:
+    """Fills a dataclass from flags; what they leave out is as in `default`.
+
+    Raises:
+      ValueError: if a flag cannot be read; one line.
+      SystemExit: after `--help`.
+    """
+    with _one_line_errors():
+        options = (tyro.conf.ConsolidateSubcommandArgs,)
+        return tyro.cli(kind, prog=prog, args=list(argv), default=default, config=options)
+
+
+def parse_start(argv: Sequence[str]) -> Start:
+    """Reads the flags of `Start` and passes over all others.
+
+    Raises:
+      ValueError: if one of them cannot be read, or `--resume` stands without `--workdir`.
+    """
+    known = [flag for flag in argv if flag not in ("-h", "--help")]
+    with _one_line_errors():
+        start, _ = tyro.cli(Start, args=known, return_unknown_args=True, add_help=False)
+    if start.resume and start.workdir is None:
+        raise ValueError("--resume needs --workdir, the directory of the run to continue.")
+    return start
+
+
+def stored_config(start: Start, kind: type[T]) -> T | None:
+    """The configuration of the run that `--resume` continues; None if its directory holds none yet.
+
+    Raises:
+      ValueError: if the directory holds a run that cannot be read.
+    """
+    if not start.resume or start.workdir is None or not (start.workdir / STORED).exists():
+        return None
+    return from_json(kind, read_run(start.workdir)["config"])
+
+
+def load_config(path: Path, kind: type[T]) -> T:
+    """The `config` that a Python file defines, a `kind`.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it raises an exception, or defines no `config`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file.")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise ValueError(f"--config {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, kind):
+        expected = f"{kind.__module__}.{kind.__name__}"
+        raise ValueError(f"--config {path}: it defines no `config`, an {expected}.")
+    return config
+
+
+def of_family(config: T, family: str | None) -> T:
+    """The configuration, of main job or comparison, for another family of networks.
+
+    A width in a file is meant for the file's family: 64 channels there would be a factor of 64
+    elsewhere. So another family begins with its own depth, width and exits.
+    """
+    given: Any = config
+    if family is None or family == given.network.name:
+        return config
+    network = NetworkConfig(name=family, gate=given.network.gate, dtype=given.network.dtype)
+    train = dataclasses.replace(given.train, exit_weights=())
+    return dataclasses.replace(given, network=network, train=train)
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """The content of a run's `config.json`.
+
+    Raises:
+      FileNotFoundError: if there is no run in `workdir`.
+      ValueError: if the file cannot be read.
+    """
+    path = workdir / STORED
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no run in {workdir}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass of configuration as plain JSON values."""
+    return _converter.unstructure(config)
+
+
+def from_json(kind: type[T], values: dict[str, Any]) -> T:
+    """A dataclass of configuration from the values of `to_json`.
+
+    Raises:
+      ValueError: if a field is unknown, or a value has another type.
+    """
+    try:
+        return _converter.structure(values, kind)
+    except cattrs.BaseValidationError as error:
+        reasons = "; ".join(cattrs.transform_error(error, path=kind.__name__))
+        raise ValueError(f"the configuration cannot be read: {reasons}.") from error
+
+
+def refuse_changes(stored: Any, asked: Any) -> None:
+    """Raises ValueError with the changed fields, if two configurations differ."""
+    before, after = _flat(to_json(stored)), _flat(to_json(asked))
+    changed = [f"{k} is {before[k]}, not {after[k]}" for k in before if before[k] != after[k]]
+    if changed:
+        raise ValueError(
+            f"--resume continues a run as it was begun: {'; '.join(changed)}. Leave the flags out, "
+            "or begin another run."
+        )
+
+
+def execute(
+    begin: Callable[[], T],
+    work: Callable[[T], int | None],
+    failures: tuple[type[Exception], ...] = (),
+) -> int:
+    """Runs a command; mistakes and failures are one line on stderr, without a traceback.
+
+    Args:
+      begin: reads flags and data; ValueError and OSError are the user's mistakes.
+      work: takes what `begin` returned; returns an exit status, None for 0.
+      failures: exceptions of `work` that need no traceback.
+
+    Returns:
+      The exit status: 0; 1 after a failure; 2 after a mistake; 130 after Ctrl-C, or the `code` of
+      the KeyboardInterrupt.
+    """
+    try:
+        try:
+            begun = begin()
+        except (ValueError, OSError) as error:
+            return complain(f"error: {error}", 2)
+        return work(begun) or 0
+    except failures as error:
+        return complain(f"error: {error}", 1)
+    except KeyboardInterrupt as stop:
+        words = str(stop) or "interrupted; what is done is kept, continue with the same command"
+        return complain(words, getattr(stop, "code", 130))
+
+
+def complain(message: str, status: int) -> int:
+    """Prints a message on stderr and returns the status."""
+    print(message, file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _one_line_errors():
+    """Turns tyro's boxed message and exit into a ValueError of one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(errors.getvalue())) from None
+
+
+def _one_line(boxed: str) -> str:
+    """The message inside the box that tyro draws."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
+    lines = [line.strip(" │|╭╮╰╯─\n") for line in text.splitlines()]
+    body = [line for line in lines if line and not line.startswith("For full helptext")]
+    body = [line for line in body if line.lower() not in ("parsing error", "unrecognized options")]
+    return re.sub(r"\s+", " ", " ".join(body)) or "the command line cannot be read; see --help."
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        k: v
+        for name, value in values.items()
+        for k, v in _flat(value, f"{prefix}.{name}".lstrip(".")).items()
+    }

@@ -1,0 +1,239 @@
+"""Configuration of the network and its training, and the network that a configuration describes."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from eejax.models import FAMILIES
+from eejax.network import EarlyExitNetwork
+from experiments.checks import require, require_all, require_not_negative, require_positive
+
+RegimeName = Literal["joint", "soft_literal", "soft_auxiliary", "soft_mixture"]
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The backbone, and where its exits are."""
+
+    name: str = "fast"
+    """Family: `fast` (five blocks, for CPUs), `resnet` (He et al., 2016, depth 6n + 2), `isotropic`
+    (equal blocks on patches of 4x4 pixels), or another of docs/models.md: resnet_imagenet, vgg,
+    wideresnet, mobilenet, efficientnet, densenet, msdnet, vit, alexnet, lenet."""
+    depth: int | None = None
+    """resnet: number of layers, 6n + 2; isotropic: number of blocks; and so on. Default: the
+    family's own."""
+    width: float | None = None
+    """Channels of the first block (fast), of the first group (resnet), of all (isotropic), or a
+    factor of all of them (mobilenet). Default: the family's own."""
+    exits: tuple[float, ...] | None = None
+    """Blocks after which an exit sits, from 1, or shares of the multiply-accumulates, below 1; the
+    one after the last block is always there. Default: the family's own."""
+    options: tuple[str, ...] = ()
+    """Further arguments of the family, name=value: size=S patch=8; exits=5 for five spread evenly,
+    exits=all."""
+    gate: bool = True
+    """Heads learn a gate. A soft regime needs it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the backbone; parameters and heads stay float32."""
+
+    def __post_init__(self) -> None:
+        # Flags bring floats; whole numbers are meant as such.
+        object.__setattr__(self, "width", _whole(self.width))
+        if self.exits is not None:
+            object.__setattr__(self, "exits", tuple(map(_whole, self.exits)))
+
+    @property
+    def words(self) -> str:
+        """The family and the values that differ from its defaults, on one line."""
+        given = (
+            ("depth ", self.depth),
+            ("width ", self.width),
+            ("exits ", self.exits and " ".join(map(str, self.exits))),
+        )
+        parts = [f"{name}{value}" for name, value in given if value is not None]
+        return ", ".join([self.name, *parts, *self.options, self.dtype])
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of the backbone."""
+        return _blocks(self)
+
+    @property
+    def num_exits(self) -> int:
+        """E, the last exit included."""
+        return _num_exits(self)
+
+
+def _whole(value: float | None) -> float | None:
+    return int(value) if value is not None and float(value).is_integer() else value
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained."""
+
+    regime: RegimeName = "soft_auxiliary"
+    """joint: the sum of the exits' cross-entropies. soft_*: the gates' loss to the letter, with the
+    exits' own losses beside it, or as a mixture of losses (Scardapane et al., 2020)."""
+    exit_weights: tuple[float, ...] = ()
+    """Weight of each exit's cross-entropy. Default: 1 for each."""
+    cost_weight: float = 0.0
+    """Soft regimes: lambda, the price of the expected cost (1 is the whole network's)."""
+    label_smoothing: float = 0.1
+    """Share of each target that is spread over all classes."""
+    epochs: int = 10
+    """Passes over the training split."""
+    batch: int = 512
+    """Samples a step."""
+    optimiser: Literal["muon", "sgd", "adam"] = "muon"
+    """muon: for convolutions, with Adam for the rest; sgd: with Nesterov momentum."""
+    learning_rate: float = 0.02
+    """Peak learning rate."""
+    adam_learning_rate: float = 0.005
+    """muon: peak learning rate of what Adam trains."""
+    momentum: float = 0.9
+    """sgd: momentum."""
+    weight_decay: float = 0.0
+    """Decoupled from the gradient for muon and adam."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup: float = 0.15
+    """Share of the steps in which the learning rate rises."""
+    steps_per_dispatch: int = 10
+    """Steps between two looks at the progress; all of them are one call of the compiled program."""
+    checkpoint_seconds: float = 60.0
+    """A checkpoint is written after this many seconds, after the last step, and on SIGTERM."""
+
+
+def trains_gate(regime: str) -> bool:
+    """Whether a regime trains the gates."""
+    return regime != "joint"
+
+
+def check(network: NetworkConfig, train: TrainConfig) -> None:
+    """Checks a network and its training, without an image.
+
+    Raises:
+      ValueError: if a value cannot be used, or the family refuses an argument.
+    """
+    require_positive("network", network, "width")
+    depth = network.depth
+    require(
+        network.name != "resnet" or depth is None or (depth >= 8 and (depth - 2) % 6 == 0),
+        "network.depth",
+        depth,
+        "6n + 2: 8, 14, 20, 32, 44, 56, 110 ...",
+    )
+    exits, blocks = network.exits or (), network.blocks
+    shares = bool(exits) and all(0 < e < 1 for e in exits)
+    numbers = all(isinstance(e, int) and 1 <= e <= blocks for e in exits)
+    expected = f"increasing block numbers from 1 to {blocks}, or shares between 0 and 1"
+    increasing = list(exits) == sorted(set(exits))
+    require(increasing and (shares or numbers), "network.exits", exits, expected)
+    if train.exit_weights and len(train.exit_weights) != network.num_exits:
+        raise ValueError(
+            f"train.exit_weights: {len(train.exit_weights)} weights for {network.num_exits} exits; "
+            f"give {network.num_exits}."
+        )
+    expected = f"True, for the regime {train.regime}"
+    require(network.gate or not trains_gate(train.regime), "network.gate", network.gate, expected)
+    fields = "epochs batch learning_rate adam_learning_rate steps_per_dispatch"
+    require_positive("train", train, fields)
+    require_not_negative("train", train, "weight_decay cost_weight checkpoint_seconds")
+    fields = "label_smoothing warmup momentum"
+    require_all("train", train, fields, lambda value: 0 <= value < 1, "something in [0, 1)")
+
+
+def build_network(config: NetworkConfig, classes: int, image: Sequence[int]) -> EarlyExitNetwork:
+    """Builds the network, on images `(height, width, channels)` in float32.
+
+    Raises:
+      ValueError: if there is no such family or argument, or the family refuses it.
+    """
+    build = FAMILIES[config.name].build if config.name in FAMILIES else None
+    if build is None:
+        raise ValueError(
+            f"network.name: {config.name} is no family; give one of {', '.join(FAMILIES)}."
+        )
+    given = {"depth": config.depth, "width": config.width, "exits": config.exits}
+    arguments: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    for option in config.options:
+        name, _, value = option.partition("=")
+        if name in ("depth", "width") or name in arguments:
+            raise ValueError(f"network.options: {option}; give it as --network.{name}.")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    signature = inspect.signature(build).parameters
+    taken = [name for name in signature if name not in _OURS]
+    for name, value in arguments.items():
+        if name not in taken:
+            raise ValueError(
+                f"network.{name}: the family {config.name} takes none; it takes {', '.join(taken)}."
+            )
+        wanted = type(signature[name].default)
+        # Exits have several forms, which the family checks.
+        if name != "exits" and wanted in _FITTING and type(value) not in _FITTING[wanted]:
+            raise ValueError(f"network.{name}: {value!r}; give {_WORDS[wanted]}.")
+    common = {
+        "image": tuple(image),
+        "gate": "features" if config.gate else None,
+        "dtype": jnp.dtype(config.dtype),
+    }
+    return build(classes, **{**common, **arguments})
+
+
+_OURS = ("classes", "image", "head", "gate", "dtype")
+# What may stand for a default of each type.
+_FITTING = {int: (int,), float: (int, float), str: (str,), bool: (bool,), tuple: (tuple, list)}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    bool: "True or False",
+    tuple: "numbers with commas between them",
+}
+
+
+# Neither blocks nor exits depend on the images. This side is a multiple of most patches, and no
+# array of it is made. The real images are checked once they are known.
+_IMAGE = (3360, 3360, 3)
+
+
+@functools.cache
+def _blocks(config: NetworkConfig) -> int:
+    options = tuple(o for o in config.options if not o.startswith("exits="))
+    everywhere = dataclasses.replace(config, exits=None, options=(*options, "exits=all"))
+    return build_network(everywhere, 10, _IMAGE).num_exits
+
+
+@functools.cache
+def _num_exits(config: NetworkConfig) -> int:
+    if config.exits is not None and any(e < 1 for e in config.exits):
+        return len(config.exits) + 1
+    return build_network(config, 10, _IMAGE).num_exits
+
+
+def narrowed(config: NetworkConfig, share: float) -> float:
+    """That share of the network's width: whole channels, at least one, or a factor.
+
+    Raises:
+      ValueError: if the family's width follows from something else, and none is given.
+    """
+    default = inspect.signature(FAMILIES[config.name].build).parameters["width"].default
+    width = default if config.width is None else config.width
+    if width is None:
+        raise ValueError(
+            f"static.widths: {config.name} has no width of its own; give --network.width, or "
+            "--static.widths without a number."
+        )
+    return share * width if isinstance(default, float) else max(round(share * width), 1)
