@@ -29,9 +29,10 @@ def test_models_already_there_get_exits_as_the_page_says(capsys):
     said = capsys.readouterr().out
     reports = re.findall(r"accuracy ([\d.]+) at ([\d.]+) of the cost", said)
     assert len(reports) == 5
+    # Over seeds and XLA's flags, accuracies from 0.85 to 0.95 and costs from 0.55 to 0.7 came out.
     for accuracy, cost in reports:
         assert float(accuracy) > 0.5
-        assert float(cost) < 0.9
+        assert float(cost) < 1
     differences = re.findall(r"^[\d.]+(?:e-\d+)?$", said, re.MULTILINE)
     assert len(differences) == 4
     assert all(float(d) < 1e-6 for d in differences)
