@@ -1,21 +1,26 @@
-"""Many independent jobs on all cores, with progress, and nothing lost when one of them fails.
+"""Many independent jobs on all cores, with progress; a job that fails costs no other.
 
 On a CPU each worker is a process that keeps to its own share of the cores: two small trainings side
 by side are quicker than one after the other on both cores, because compiling and small operations
 use one core only. An accelerator is not shared: there jobs run one after the other in this process.
+
+A worker is a `ProcessPoolExecutor` of one process. Executors of several processes lose all that is
+under way when one process dies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -23,13 +28,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Job(NamedTuple):
-    """One thing to do.
+    """A call to make.
 
     Attributes:
       name: for people.
-      function: of a module, so that another process can import it. One that catches a signal to
-        end in good order raises KeyboardInterrupt then; anything else is a failure like others.
-      arguments: what it is called with.
+      function: of a module, so that another process can import it. If a signal ends it, it raises
+        KeyboardInterrupt; any other exception is a failure of this job alone.
+      arguments: its arguments.
       status: tells how far it is, or "".
     """
 
@@ -40,12 +45,12 @@ class Job(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A job that did not end well.
+    """A job that failed.
 
     Attributes:
       name: the job's.
       error: one line.
-      trace: where it happened; empty where its process was killed.
+      trace: traceback; empty if its process was killed.
     """
 
     name: str
@@ -53,13 +58,8 @@ class Failure(NamedTuple):
     trace: str
 
 
-class _Worker(NamedTuple):
-    process: Any
-    pipe: Connection
-
-
 def default_workers() -> int:
-    """How many jobs to run at once here: one a core, or one where there is an accelerator."""
+    """Jobs to run at once on this machine: one a core, or one if there is an accelerator."""
     import jax
 
     return max(len(_cores()), 1) if jax.default_backend() == "cpu" else 1
@@ -73,108 +73,104 @@ def run(
     Args:
       title: of the progress display.
       jobs: with different names.
-      workers: processes; with 1 everything happens in this one.
-      console: where progress goes.
+      workers: processes; with 1 all jobs run in this one.
+      console: for progress.
 
     Returns:
-      What each job returned, by name, and the failures.
+      The result of each job, by name, and the failures.
 
     Raises:
-      KeyboardInterrupt: SIGINT or SIGTERM came; the jobs under way were told, and have ended.
+      KeyboardInterrupt: after SIGINT or SIGTERM, once the jobs under way have ended.
     """
     results: dict[str, Any] = {}
     failures: list[Failure] = []
     began = time.monotonic()
-    with _progress(console) as bar, _interrupting():
+    with _progress(console) as bar, _sigterm_interrupts():
         task = bar.add_task(title, total=len(jobs), facts="")
 
-        def say(running: Sequence[Job]) -> None:
+        def show(running: Sequence[Job]) -> None:
             words = (f"{job.name} {job.status()}".strip() for job in running)
             bar.update(task, facts="; ".join(words))
 
         serial = workers == 1 or len(jobs) < 2
-        run_all = _here if serial else functools.partial(_beside, workers=min(workers, len(jobs)))
-        for job, outcome in run_all(jobs, say):
-            bar.advance(task)
-            if isinstance(outcome, Failure):
-                failures.append(outcome)
-                console.print(f"FAILED {job.name}: {outcome.error}", style="red", highlight=False)
-            else:
-                results[job.name] = outcome
-            if not console.is_terminal:
-                ended, passed = len(results) + len(failures), time.monotonic() - began
-                words = f"{title}: {ended}/{len(jobs)} {job.name} ({passed:.0f} s)"
-                console.print(words, highlight=False)
+        outcomes = _here(jobs, show) if serial else _beside(jobs, show, min(workers, len(jobs)))
+        with contextlib.closing(outcomes):  # ends the workers, wherever an interruption comes
+            for job, outcome in outcomes:
+                bar.advance(task)
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                    words = f"FAILED {job.name}: {outcome.error}"
+                    console.print(words, style="red", highlight=False)
+                else:
+                    results[job.name] = outcome
+                if not console.is_terminal:
+                    done, passed = len(results) + len(failures), time.monotonic() - began
+                    words = f"{title}: {done}/{len(jobs)} {job.name} ({passed:.0f} s)"
+                    console.print(words, highlight=False)
     return results, failures
 
 
-def _here(jobs: Sequence[Job], say: Callable[[Sequence[Job]], None]) -> Iterator[tuple[Job, Any]]:
+def _here(jobs: Sequence[Job], show: Callable[[Sequence[Job]], None]) -> Generator[tuple[Job, Any]]:
     for job in jobs:
-        say([job])
-        yield job, _guarded(job)
+        show([job])
+        yield job, _outcome(job)
 
 
 def _beside(
-    jobs: Sequence[Job], say: Callable[[Sequence[Job]], None], *, workers: int
-) -> Iterator[tuple[Job, Any]]:
-    """In processes of their own. One that is killed costs the job that it was at, and no other."""
+    jobs: Sequence[Job], show: Callable[[Sequence[Job]], None], workers: int
+) -> Generator[tuple[Job, Any]]:
     cores = _cores()
     shares = [cores[i::workers] if len(cores) >= workers else cores for i in range(workers)]
-    waiting = list(reversed(jobs))
-    staff = [_hire(share) for share in shares]
-    at: dict[int, Job] = {}
+    executors = [_start(share) for share in shares]
+    idle, waiting = list(range(workers)), list(reversed(jobs))
+    running: dict[Future[Any], tuple[int, Job]] = {}
     try:
-        while waiting or at:
-            for i in range(workers):
-                if i not in at and waiting:
-                    at[i] = waiting.pop()
-                    staff[i].pipe.send(at[i]._replace(status=_silent))
-            ready = wait([staff[i].pipe for i in at], timeout=0.5)
-            say(list(at.values()))
-            for i in [i for i in at if staff[i].pipe in ready]:
-                job = at.pop(i)
+        while waiting or running:
+            while idle and waiting:
+                worker, job = idle.pop(), waiting.pop()
+                sent = job._replace(status=str)  # a closure, which cannot be sent
+                running[executors[worker].submit(_outcome_in_worker, sent)] = worker, job
+            show([job for _, job in running.values()])
+            for future in wait_for(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                worker, job = running.pop(future)
                 try:
-                    outcome = staff[i].pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    staff[i].process.join()
-                    code = staff[i].process.exitcode
-                    outcome = Failure(job.name, f"its process ended with status {code}", "")
-                    staff[i] = _hire(shares[i])
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    outcome = Failure(job.name, "its process was killed", "")
+                    executors[worker].shutdown()
+                    executors[worker] = _start(shares[worker])
+                idle.append(worker)
                 yield job, outcome
     except BaseException:
-        for worker in staff:
-            worker.process.terminate()  # SIGTERM: a training saves its state and ends
+        for process in multiprocessing.active_children():
+            process.terminate()  # on SIGTERM a training saves its state and ends
         raise
     finally:
-        for worker in staff:
-            worker.pipe.close()  # which ends it, or else it would wait for another job
-        for worker in staff:
-            worker.process.join()
+        for executor in executors:
+            executor.shutdown()
 
 
-def _hire(cores: list[int]) -> _Worker:
+def _start(cores: list[int]) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, cores), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours)
+    return ProcessPoolExecutor(1, context, _prepare_worker, (cores,))
 
 
-def _work(pipe: Connection, cores: list[int]) -> None:
-    """A worker's life: one job after another, until nobody has any more."""
-    # Ctrl-C reaches every process of the terminal; who decides what then happens is the parent.
+def _prepare_worker(cores: list[int]) -> None:
+    # Ctrl-C reaches every process of the terminal; the parent decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    gone = (EOFError, BrokenPipeError, ConnectionResetError)
-    with contextlib.suppress(*gone, KeyboardInterrupt):  # the last where it was told to stop
-        while True:
-            job = pipe.recv()
-            pipe.send(_guarded(job))
+
+    def end_with_the_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
 
 
-def _guarded(job: Job) -> Any:
+def _outcome(job: Job) -> Any:
     try:
         return job.function(*job.arguments)
     except Exception as error:
@@ -182,8 +178,11 @@ def _guarded(job: Job) -> Any:
         return Failure(job.name, f"{type(error).__name__}: {words[0]}", traceback.format_exc())
 
 
-def _silent() -> str:
-    return ""
+def _outcome_in_worker(job: Job) -> Any:
+    try:
+        return _outcome(job)
+    except KeyboardInterrupt as stop:
+        return Failure(job.name, str(stop) or "interrupted", "")
 
 
 def _cores() -> list[int]:
@@ -193,8 +192,8 @@ def _cores() -> list[int]:
 
 
 @contextlib.contextmanager
-def _interrupting() -> Iterator[None]:
-    """SIGTERM is like Ctrl-C, so that both end the workers in good order."""
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
 
     def interrupt(number: int, frame: Any) -> None:
         del number, frame
