@@ -65,7 +65,7 @@ def test_every_configuration_file_can_be_run(path):
         (["--data.dir", "not/there"], ["data.dir", "not/there"]),
         (["--config", "not/there.py"], ["not/there.py", "no such file"]),
         (["--network.exits", "1", "9"], ["network.exits", "1 to 5"]),
-        (["--network.name", "resnet", "--network.depth", "55"], ["network.depth: 55", "6n + 2"]),
+        (["--network.name", "resnet", "--network.depth", "55"], ["depth of 55", "6n + 2"]),
         (
             ["--network.exits", "1", "2", "3", "--policies.thresholds", "1", "2"],
             ["2 thresholds for 4 exits", "give 3"],

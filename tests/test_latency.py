@@ -213,7 +213,7 @@ def test_the_share_from_which_a_strategy_pays():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--depth", "57"], ["--depth: 57", "6n + 2"]),
+        (["--depth", "57"], ["depth of 57", "6n + 2"]),
         (["--exits", "3", "2"], ["--exits", "increasing"]),
         (["--distributions", "early"], ["'early'", "trained"]),
         (["--distributions", "0.5,0.4,0.05,0.01"], ["add", "0.96"]),

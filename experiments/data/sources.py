@@ -1,30 +1,47 @@
 """Where the images of a data set come from: prepared data, the cache, the publisher's archive.
 
-In that order; what was decoded once is in the cache, for as long as its source does not change.
+In that order; decoded images stay in the cache as long as their source does not change.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pooch
+import requests
 
-from experiments.data import archives, cache, prepared
-from experiments.data.archives import Archive, Progress
+from experiments.data import cache, formats
 from experiments.data.cache import Decoded
 from experiments.data.config import DataConfig
 
+_STALL = 30.0  # seconds without a byte after which a download is given up
+_HEADERS = {"User-Agent": "eejax"}
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What is known of a data set before it is read."""
+
+class Archive(NamedTuple):
+    """A file to download, and the checksum that its publisher gives."""
+
+    url: str
+    md5: str
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return self.url.rpartition("/")[2]
+
+
+class Spec(NamedTuple):
+    """Facts of a data set that are known before it is read."""
 
     title: str
     image_shape: tuple[int, int, int]  # H, W, C
@@ -43,7 +60,7 @@ SPECS = {
         num_classes=10,
         archives=(Archive(_CIFAR + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
         read=functools.partial(
-            archives.read_cifar,
+            formats.read_cifar,
             folder="cifar-10-batches-py",
             train=tuple(f"data_batch_{i}" for i in range(1, 6)),
             test="test_batch",
@@ -58,7 +75,7 @@ SPECS = {
         num_classes=100,
         archives=(Archive(_CIFAR + "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),),
         read=functools.partial(
-            archives.read_cifar,
+            formats.read_cifar,
             folder="cifar-100-python",
             train=("train",),
             test="test",
@@ -78,7 +95,7 @@ SPECS = {
             Archive(_FASHION + "t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
         ),
         read=functools.partial(
-            archives.read_idx,
+            formats.read_idx,
             classes=(
                 *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
                 *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -92,17 +109,21 @@ SPECS = {
 def missing(name: str, config: DataConfig, *, look_in_cache: bool = True) -> str:
     """Where a data set was looked for in vain and what to do, on one line; "" if it can be had."""
     spec, root, folder = SPECS[name], _prepared_root(config), _cache_folder(name, config)
-    if (
-        spec.read is None
-        or prepared.find(root, name)
-        or _archived(name, config)
-        or (look_in_cache and cache.exists(folder / "images.npz"))
-    ):
+    if spec.read is None or formats.find_prepared(root, name):
+        return ""
+    if config.dir is not None:
+        # Neither the cache nor a download may stand in for a directory that was named.
+        return (
+            f"{spec.title} is not prepared as array_record in {root / name}, which --data.dir "
+            "names: prepare it there, or name another directory, or leave --data.dir out to use "
+            f"the cache {folder} or a download"
+        )
+    if _archived(name, config) or (look_in_cache and cache.exists(folder / "images.npz")):
         return ""
     why_not = "downloading is switched off (--data.no-download)"
     if config.download:
         url = spec.archives[0].url
-        if not (reason := archives.unreachable(url)):
+        if not (reason := unreachable(url)):
             return ""
         why_not = f"cannot be downloaded from {url} ({reason})"
     files = ", ".join(archive.file for archive in spec.archives)
@@ -113,47 +134,85 @@ def missing(name: str, config: DataConfig, *, look_in_cache: bool = True) -> str
     )
 
 
-def obtain(name: str, config: DataConfig, progress: Progress | None) -> Decoded:
-    """Reads the images: from the cache if it is of the source as it is now, else from the source.
+def obtain(name: str, config: DataConfig) -> Decoded:
+    """Reads the images: from the cache if their source has not changed, else from the source.
 
     Args:
       name: a key of `SPECS` whose data are not embedded.
       config: where to look, and whether to download.
-      progress: as in `data.load`.
 
     Raises:
-      FileNotFoundError, ConnectionError: they cannot be had.
-      ValueError: a source is damaged, or is something else.
+      FileNotFoundError, ConnectionError: if the images cannot be had.
+      ValueError: if a source is damaged, or holds other data.
     """
     spec, folder = SPECS[name], _cache_folder(name, config)
     assert spec.read is not None
-    in_tfds = prepared.find(_prepared_root(config), name)
-    files = in_tfds or _archived(name, config)
+    prepared = formats.find_prepared(_prepared_root(config), name)
+    if not prepared and (problem := missing(name, config)):
+        raise FileNotFoundError(problem)
+    files = prepared or _archived(name, config)
     kept = folder / "images.npz"
     decoded = cache.read(kept, cache.fingerprint(files) if files else None)
     if decoded is not None:
         return decoded
     with contextlib.ExitStack() as stack:
-        if in_tfds:
-            decoded = prepared.read(in_tfds[0].parent, progress)
+        if prepared:
+            decoded = formats.read_prepared(prepared[0].parent)
         else:
-            problem = missing(name, config, look_in_cache=False)
-            if problem:
+            # Once more: a damaged cache is no source.
+            if problem := missing(name, config, look_in_cache=False):
                 raise FileNotFoundError(problem)
             place = folder
             if not cache.is_writable(folder):
                 place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            files = [
-                archives.verify(archive, folder / archive.file)
-                if os.path.isfile(folder / archive.file)
-                else archives.fetch(archive, place, progress)
-                for archive in spec.archives
-            ]
+            files = _fetch(spec, place, config.download)
             decoded = spec.read(files)
         _check(name, decoded)
         decoded = _in_order_of_content(decoded)
         cache.write(kept, decoded, cache.fingerprint(files))
     return decoded
+
+
+@functools.cache
+def unreachable(url: str, timeout: float = 3.0) -> str:
+    """Why `url` cannot be had, or "" if it can; asks for its header only, once a process.
+
+    Two callers in one run get one answer, also when the network is flaky.
+    """
+    answer: list[str] = []
+
+    def ask() -> None:
+        try:
+            response = requests.head(url, timeout=timeout, headers=_HEADERS, allow_redirects=True)
+            response.raise_for_status()
+            answer.append("")
+        except (OSError, ValueError) as error:
+            answer.append(formats.reason(error))
+
+    # A socket's timeout does not cover the look-up of its name, which can take half a minute.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return answer[0] if answer else f"no answer within {timeout:g} s"
+
+
+def _fetch(spec: Spec, folder: Path, download: bool) -> list[Path]:
+    """Archives in `folder`, verified; those that are missing or damaged are downloaded."""
+    pooch.get_logger().setLevel("WARNING")
+    files = pooch.create(
+        folder,
+        base_url="",
+        registry={archive.file: f"md5:{archive.md5}" for archive in spec.archives},
+        urls={archive.file: archive.url for archive in spec.archives},
+        retry_if_failed=1,
+        allow_updates=download,
+    )
+    bar = sys.stderr.isatty()
+    downloader: Any = pooch.HTTPDownloader(progressbar=bar, timeout=_STALL, headers=_HEADERS)
+    try:
+        return [Path(files.fetch(a.file, downloader=downloader)) for a in spec.archives]
+    except requests.RequestException as error:
+        raise ConnectionError(f"cannot download {spec.title}: {formats.reason(error)}") from error
 
 
 def _in_order_of_content(decoded: Decoded) -> Decoded:
@@ -174,7 +233,7 @@ def _in_order_of_content(decoded: Decoded) -> Decoded:
 
 
 def _check(name: str, decoded: Decoded) -> None:
-    """Refuses data that are not what the specification says."""
+    """Raises ValueError if the data differ from the specification."""
     spec = SPECS[name]
     labels = np.concatenate([decoded.train_labels, decoded.test_labels])
     shapes = {decoded.train_images.shape[1:], decoded.test_images.shape[1:]}

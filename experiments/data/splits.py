@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.data import sources
-from experiments.data.archives import Progress
 from experiments.data.cache import Decoded
 from experiments.data.config import DataConfig
 from experiments.data.sources import SPECS
@@ -54,9 +53,9 @@ def resolve(config: DataConfig) -> str:
       else "digits". A data set that was named is never replaced by another.
 
     Raises:
-      FileNotFoundError: the named data set cannot be had; one line says where it was looked for and
-        what to do.
-      ValueError: there is no data set of that name.
+      FileNotFoundError: if the named data set cannot be had; one line says where it was looked for
+        and what to do.
+      ValueError: if there is no data set of that name.
     """
     name = "cifar10" if config.name == "auto" else config.name
     if name not in SPECS:
@@ -67,7 +66,7 @@ def resolve(config: DataConfig) -> str:
     return "digits" if missing else name
 
 
-def load(config: DataConfig, seed: int, progress: Progress | None = None) -> Dataset:
+def load(config: DataConfig, seed: int) -> Dataset:
     """Reads a data set and splits it.
 
     The splits depend on the seed and the images alone: not on where the images came from, nor on
@@ -76,13 +75,11 @@ def load(config: DataConfig, seed: int, progress: Progress | None = None) -> Dat
     Args:
       config: which data, from where, and how much for each split.
       seed: of the splits.
-      progress: told (done, total), in bytes while a file is downloaded and in images while they are
-        decoded; each file and the decoding count from 0. A start from the cache has no progress.
 
     Raises:
-      FileNotFoundError, ConnectionError: the data cannot be had; one line says what to do. That a
-        download fails half-way is an error for "auto" too: `resolve` has promised the data set.
-      ValueError: the splits do not fit, or a source is damaged.
+      FileNotFoundError, ConnectionError: if the data cannot be had; one line says what to do. A
+        download that fails half-way is an error for "auto" too: `resolve` promised the data set.
+      ValueError: if the splits do not fit, or a source is damaged.
     """
     name = resolve(config)
     spec = SPECS[name]
@@ -92,7 +89,7 @@ def load(config: DataConfig, seed: int, progress: Progress | None = None) -> Dat
             "This run is NOT on CIFAR-10 but on scikit-learn's digits (1,797 images of 8x8 pixels) "
             f"and says nothing about CIFAR-10. {sources.missing('cifar10', config)}"
         )
-    decoded = sources.obtain(name, config, progress) if spec.read else _digits()
+    decoded = sources.obtain(name, config) if spec.read else _digits()
     train, calibrate, choose, certify = _cut(name, decoded.train_labels, config, seed)
     images = decoded.train_images[train]
     mean, std = _moments(images)
@@ -183,7 +180,7 @@ def _digits() -> Decoded:
 
     pixels, targets = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-    labels = targets.astype(np.int32)
+    labels = np.asarray(targets, np.int32)
     rng = np.random.Generator(np.random.PCG64(0))
     test, train = stratified(labels, (len(labels) // 4,), rng)
     classes = tuple(str(digit) for digit in range(10))

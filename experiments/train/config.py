@@ -125,13 +125,6 @@ def check(network: NetworkConfig, train: TrainConfig) -> None:
       ValueError: if a value cannot be used, or the family refuses an argument.
     """
     require_positive("network", network, "width")
-    depth = network.depth
-    require(
-        network.name != "resnet" or depth is None or (depth >= 8 and (depth - 2) % 6 == 0),
-        "network.depth",
-        depth,
-        "6n + 2: 8, 14, 20, 32, 44, 56, 110 ...",
-    )
     exits, blocks = network.exits or (), network.blocks
     shares = bool(exits) and all(0 < e < 1 for e in exits)
     numbers = all(isinstance(e, int) and 1 <= e <= blocks for e in exits)

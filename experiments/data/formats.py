@@ -1,0 +1,208 @@
+"""Readers of the publishers' archives and of data prepared by tensorflow-datasets.
+
+The archives are read with the standard library and NumPy: the way to CIFAR on a machine without
+TensorFlow, which tensorflow-datasets needs to prepare data. Prepared data are read without
+TensorFlow if they are array_record files; its default, tfrecord, is not found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import logging
+import pickle
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.data.cache import Decoded
+
+_CHUNK = 1_000  # images; one call for many is twice as quick as one call each, threads are no help
+
+
+def read_cifar(
+    paths: Sequence[Path],
+    *,
+    folder: str,
+    train: Sequence[str],
+    test: str,
+    labels: str,
+    meta: str,
+    names: str,
+) -> Decoded:
+    """Reads CIFAR-10 or CIFAR-100, Python version (https://www.cs.toronto.edu/~kriz/cifar.html).
+
+    Args:
+      paths: the one `.tar.gz`.
+      folder: the archive's directory.
+      train: its files of training images.
+      test: its file of test images.
+      labels: the key of the labels in each of them.
+      meta: its file of class names.
+      names: the key of the class names in it.
+
+    Raises:
+      ValueError: if the archive lacks a file, or a pickle asks for more than arrays.
+    """
+    (path,) = paths
+
+    def batch(tar: tarfile.TarFile, name: str) -> tuple[np.ndarray, np.ndarray]:
+        content = _unpickle(tar, f"{folder}/{name}")
+        pixels = content["data"]
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+            raise ValueError(f"{folder}/{name} holds no array of uint8")
+        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # colour planes come first
+        return np.ascontiguousarray(images), np.asarray(content[labels], np.int32)
+
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            parts = [batch(tar, name) for name in train]
+            test_images, test_labels = batch(tar, test)
+            classes = tuple(str(name) for name in _unpickle(tar, f"{folder}/{meta}")[names])
+        return Decoded(
+            np.concatenate([images for images, _ in parts]),
+            np.concatenate([labels for _, labels in parts]),
+            test_images,
+            test_labels,
+            classes,
+            f"the publisher's archive {path.name}",
+        )
+    except (KeyError, TypeError, ValueError, EOFError, OSError, tarfile.TarError) as error:
+        raise ValueError(f"{path} is not what its name says: {reason(error)}") from error
+
+
+def read_idx(paths: Sequence[Path], *, classes: tuple[str, ...]) -> Decoded:
+    """Reads the four gzipped idx files of MNIST and its kin: train and test, images and labels.
+
+    Raises:
+      ValueError: if a file has another format.
+    """
+    train_images, train_labels, test_images, test_labels = (
+        _read_idx(path, dimensions) for path, dimensions in zip(paths, (3, 1, 3, 1), strict=True)
+    )
+    return Decoded(
+        train_images[..., None],
+        train_labels.astype(np.int32),
+        test_images[..., None],
+        test_labels.astype(np.int32),
+        classes,
+        f"the publisher's files {', '.join(path.name for path in paths)}",
+    )
+
+
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    try:
+        data = gzip.decompress(path.read_bytes())
+        if data[:4] != bytes((0, 0, 8, dimensions)):  # 8: unsigned bytes
+            raise ValueError(f"it begins with {data[:4].hex()}")
+        shape = np.frombuffer(data, ">u4", dimensions, offset=4).astype(int)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not what its name says: {reason(error)}") from error
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles NumPy arrays and Python's basic types, and calls nothing else."""
+
+    # The function that rebuilds an array has moved within NumPy; an array's own pickle names it.
+    _allowed = {  # noqa: RUF012
+        **{
+            (module, "_reconstruct"): np.empty(0).__reduce__()[0]
+            for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        },
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self._allowed:
+            raise ValueError(f"its pickle asks for {module}.{name}, which no image needs")
+        return self._allowed[module, name]
+
+
+def _unpickle(tar: tarfile.TarFile, name: str) -> dict:
+    file = tar.extractfile(name)
+    if file is None:
+        raise ValueError(f"{name} is not a file")
+    try:
+        return dict(_ArraysOnly(file, encoding="latin1").load())  # Python 2 wrote them
+    except (pickle.UnpicklingError, AttributeError, IndexError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def reason(error: BaseException) -> str:
+    """An error on one line."""
+    return " ".join((str(error) or type(error).__name__).split())
+
+
+def find_prepared(root: Path, name: str) -> list[Path]:
+    """Files of the newest version of data set `name` under `root`; [] if there is none."""
+    versions = [
+        folder
+        for folder in (root / name).glob("*.*.*")
+        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)
+    ]
+    for folder in sorted(versions, key=lambda f: [int(n) for n in f.name.split(".")], reverse=True):
+        files = sorted(path for path in folder.glob("*") if path.is_file())
+        starts = [f"{name}-{split}.array_record" for split in ("train", "test")]
+        if all(any(path.name.startswith(start) for path in files) for start in starts):
+            return files
+    return []
+
+
+def read_prepared(folder: Path) -> Decoded:
+    """Decodes both splits of a prepared data set (60,000 PNGs of 32x32: about 8 s on one core).
+
+    Args:
+      folder: of one version, from `find_prepared`.
+
+    Raises:
+      ValueError: if the files cannot be read; one line says why.
+    """
+    try:
+        with _quiet_absl():
+            import tensorflow_datasets as tfds
+
+            # `tfds.data_source(name)` ends in the same place, but insists on the one version that
+            # the installed release knows.
+            builder: Any = tfds.builder_from_directory(folder)
+            sources = [builder.as_data_source(split=split) for split in ("train", "test")]
+            features = builder.info.features
+            parts = []
+            for source in sources:
+                images = np.empty((len(source), *features["image"].shape), np.uint8)
+                labels = np.empty(len(source), np.int32)
+                for start in range(0, len(source), _CHUNK):
+                    indices = range(start, min(start + _CHUNK, len(source)))
+                    for i, example in zip(indices, source.__getitems__(indices), strict=True):
+                        images[i] = example["image"]
+                        labels[i] = example["label"]
+                parts += [images, labels]
+            classes = tuple(features["label"].names)
+    except Exception as error:  # the readers are C++, and raise RuntimeError or what they like
+        raise ValueError(
+            f"the prepared data in {folder} cannot be read: {reason(error)}; prepare them anew, or "
+            "name another directory with --data.dir"
+        ) from error
+    words = f"tensorflow-datasets, {folder.parent.name} {folder.name}"
+    return Decoded(*parts, classes=classes, source=words)
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Keeps warnings off the terminal that no user can act on (that Pillow decodes, not OpenCV)."""
+    from absl import logging as absl_logging
+
+    def errors_only(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger = absl_logging.get_absl_logger()
+    logger.addFilter(errors_only)
+    try:
+        yield
+    finally:
+        logger.removeFilter(errors_only)
