@@ -18,7 +18,7 @@ from eejax.inference.executors import Prediction, cond, full
 from eejax.inference.predictors import predictor, sharded
 from eejax.inference.streaming import rebatched, stream
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, keep_variables, normalise
-from eejax.policies import learned as scheduler
+from eejax.policies import scheduler
 from eejax.policies.agreement import patience
 from eejax.policies.base import Policy
 from eejax.policies.baselines import fixed, random

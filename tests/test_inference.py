@@ -19,7 +19,6 @@ from eejax import ExitOutput, cond, full, gate, predictor, sharded
 from eejax.evaluation.routing import route, score
 from eejax.inference import EXECUTORS
 from eejax.network import EarlyExitNetwork, Module
-from eejax.policies.base import Policy
 from eejax.trace import collect
 
 NAMES = list(toys.POLICIES)
@@ -48,7 +47,7 @@ def chosen(names, kind):
         logits, scores, state = zip(*results, strict=True)
         return jnp.stack(logits)[kind], jnp.stack(scores)[kind], state
 
-    return Policy(init, step)
+    return toys.policy_of(init, step)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toys
 
 from eejax import compact, cond, cost, loop, max_prob
 from eejax.evaluation.routing import route, score
@@ -16,7 +17,6 @@ from eejax.models import FAMILIES
 from eejax.models.fast import Stem, fast
 from eejax.models.layers import convolved, shifted
 from eejax.models.resnet import resnet
-from eejax.policies.base import Policy
 from eejax.trace import recorded
 from eejax.training import losses
 
@@ -139,7 +139,7 @@ def test_executors_agree_with_the_reference(name):
         def step(output, state, e):
             return max_prob.step(output._replace(logits=output.logits * sharpness[e]), state, e)
 
-        policy = Policy(max_prob.init, step)
+        policy = toys.policy_of(max_prob.init, step)
         found = [each(network, policy, variables, thresholds, images) for each in executors]
         return network.apply_all(variables, jnp.asarray(images))[0].logits, found
 

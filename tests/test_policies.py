@@ -16,8 +16,7 @@ from eejax import entropy, gate, margin, max_prob, policies, with_temperatures
 from eejax import trace as eejax_trace
 from eejax.evaluation import routing
 from eejax.network import ExitOutput
-from eejax.policies.base import Policy
-from eejax.policies.confidence import confidence_threshold, threshold_confidence
+from eejax.policies.confidence import confidence_threshold
 from eejax.selection import thresholds
 
 STATELESS = {"max_prob": max_prob, "margin": margin, "entropy": entropy}
@@ -171,7 +170,7 @@ def test_temperatures_leave_the_state_to_the_policy():
     def step(output, state, e):
         return output.logits, state + output.logits[:, 0], state + e
 
-    inner = Policy(lambda batch_size: jnp.full(batch_size, 5.0), step)
+    inner = toys.policy_of(lambda batch_size: jnp.full(batch_size, 5.0), step)
     warm = with_temperatures(inner, (1.0, 4.0))
     state = warm.init(2)
     _, score, state = warm.step(output([[8.0, 0.0], [4.0, 0.0]]), state, 1)
@@ -191,17 +190,15 @@ def test_an_exit_without_a_temperature_is_refused():
 
 
 @given(confidence=st.floats(0, 1 - 1e-12))
-def test_thresholds_convert_to_confidences_and_back(confidence):
+def test_a_confidence_converts_to_a_threshold(confidence):
     threshold = confidence_threshold(confidence)
     assert threshold >= 0
-    assert threshold_confidence(threshold) == pytest.approx(confidence, rel=1e-12, abs=1e-15)
+    assert -math.expm1(-threshold) == pytest.approx(confidence, rel=1e-12, abs=1e-15)
 
 
 def test_the_ends_of_the_confidence_scale():
     assert confidence_threshold(0) == 0
     assert confidence_threshold(1) == math.inf
-    assert threshold_confidence(math.inf) == 1
-    assert threshold_confidence(0) == 0
     for wrong in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"give one in \[0, 1\]"):
             confidence_threshold(wrong)

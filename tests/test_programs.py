@@ -25,7 +25,6 @@ from eejax import (
 )
 from eejax.inference import dispatch, packing, streaming
 from eejax.inference.packing import Rows
-from eejax.policies.base import Policy
 
 EXITS = 4
 LIMITS = ([1.0, 2.0, 0.0], [np.inf] * 3, [-np.inf] * 3)
@@ -149,7 +148,7 @@ def test_policies_are_given_the_exit_as_a_number_but_in_loop():
     def step(output, state, e):
         return output.logits, output.gate * gains[e], state
 
-    policy = Policy(lambda batch_size: (), step)
+    policy = toys.policy_of(lambda batch_size: (), step)
     network = toys.shared_network(EXITS)
     variables = toys.variables(network, 1)
     images, limits = toys.some_images(2, 9), [1.0, 1.0, 0.0]

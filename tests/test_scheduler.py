@@ -9,7 +9,7 @@ import pytest
 
 from eejax import max_prob, with_temperatures
 from eejax.evaluation.routing import score
-from eejax.policies.learned import Parameters, fit, scheduler
+from eejax.policies.scheduler import Parameters, fit, scheduler
 from eejax.selection.thresholds import evaluate, for_budget
 from eejax.trace import Trace, recorded
 

@@ -19,8 +19,8 @@ from eejax import trace as eejax_trace
 from eejax.evaluation import routing
 from eejax.network import EarlyExitNetwork, ExitOutput, Module
 from eejax.policies import ensembles
-from eejax.policies import learned as scheduler
-from eejax.policies.base import Policy
+from eejax.policies import scheduler
+from eejax.policies.base import Policy, Rule
 
 CLASSES = 3
 WIDTH = 4
@@ -157,6 +157,13 @@ class Rows:
         return counts
 
 
+def policy_of(init: Callable[..., Any], step: Callable[..., Any]) -> Policy:
+    """A policy from two functions that take no parameters."""
+    return Policy(
+        Rule("of a test", lambda params, batch_size: init(batch_size), lambda params, *a: step(*a))
+    )
+
+
 def _running_sum() -> Policy:
     """Answers with the sum of the logits so far, as sure as the sum of the gates so far."""
 
@@ -168,7 +175,7 @@ def _running_sum() -> Policy:
         state = {"logits": state["logits"] + output.logits, "gate": state["gate"] + output.gate}
         return state["logits"], state["gate"], state
 
-    return Policy(init, step)
+    return policy_of(init, step)
 
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0)

@@ -8,23 +8,22 @@ import jax.numpy as jnp
 from jax import Array
 
 from eejax.network import ExitOutput, PyTree
-from eejax.policies.base import Policy
+from eejax.policies.base import Policy, Rule
 
 
-def _patience() -> Policy:
-    def init(batch_size: int) -> PyTree:
-        return jnp.full(batch_size, -1, jnp.int32), jnp.zeros(batch_size, jnp.float32)
-
-    def step(output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
-        del e
-        before, count = state
-        now = output.logits.argmax(-1).astype(jnp.int32)
-        count = jnp.where(now == before, count + 1, 0)
-        return output.logits, count, (now, count)
-
-    return Policy(init, step)
+def _init(params: Any, batch_size: int) -> PyTree:
+    del params
+    return jnp.full(batch_size, -1, jnp.int32), jnp.zeros(batch_size, jnp.float32)
 
 
-patience = _patience()
-"""How many exits in a row gave the class of the one before, 0 at the first (PABEE, Zhou et al.,
-NeurIPS 2020, https://arxiv.org/abs/2006.04152)."""
+def _step(params: Any, output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
+    del params, e
+    previous, count = state
+    prediction = output.logits.argmax(-1).astype(jnp.int32)
+    count = jnp.where(prediction == previous, count + 1, 0)
+    return output.logits, count, (prediction, count)
+
+
+patience = Policy(Rule("patience", _init, _step))
+"""The number of consecutive exits that predicted the class of the exit before them, 0 at the first
+exit (PABEE, Zhou et al., NeurIPS 2020, https://arxiv.org/abs/2006.04152)."""

@@ -1,14 +1,15 @@
-"""What a policy is, and the thresholds that its scores must reach.
+"""What a policy is, and the thresholds that its scores are compared with.
 
-Exit e is taken by a sample when `score_e >= threshold_e`; where none is, the last exit answers. So
-one search for thresholds, one router and one set of executors serve every policy. A threshold of
-+inf switches an exit off, -inf makes it always fire; a score is neither, and one that is NaN never
-fires.
+A sample leaves at exit e if `score_e >= threshold_e`, and at the last exit if it left at none
+before. So one search for thresholds, one router and one set of executors serve every policy. A
+threshold of +inf switches an exit off, -inf makes it always fire. Scores are finite; a score of NaN
+never fires.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -16,38 +17,95 @@ import numpy as np
 from jax import Array
 
 from eejax.network import ExitOutput, PyTree
+from eejax.trace import Trace
 
 
-class Policy(NamedTuple):
-    """A pair of pure functions.
+class NoParams(NamedTuple):
+    """The parameters of a rule that has none."""
+
+
+class Rule(NamedTuple):
+    """The code of a policy: pure functions of its parameters.
 
     Attributes:
-      init: `init(batch_size) -> state`, a pytree whose leaves lead with the batch axis; `()` for a
-        policy that looks at one exit at a time.
-      step: `step(output, state, e) -> (logits, score, state)`: what the policy answers at exit e,
-        `[B, C]`, and how sure it is, `[B]`. `e` is a Python integer, or in `loop`, which runs all
+      name: of the rule, unique among all rules.
+      init: `init(params, batch_size) -> state`, a pytree whose leaves have a leading batch axis;
+        `()` for a rule that looks at one exit at a time.
+      step: `step(params, output, state, e) -> (logits, score, state)`: the policy's answer at exit
+        e, `[B, C]`, and its score, `[B]`. `e` is a Python integer, or in `loop`, which runs all
         depths in one program, an int32 scalar.
+      params: the NamedTuple that holds the parameters; its fields are arrays or policies.
+      check: `check(params) -> params`, as NumPy arrays of the right dtype; raises ValueError if
+        their shapes or values do not fit.
+      fit: `fit(trace, cost) -> params`, from held-out samples and the cost `[E]` of each exit.
+      needs_gate: whether the scores mean something only if training has trained the gate.
     """
 
-    init: Callable[[int], PyTree]
-    step: Callable[[ExitOutput, PyTree, Any], tuple[Array, Array, PyTree]]
+    name: str
+    init: Callable[[Any, int], PyTree]
+    step: Callable[[Any, ExitOutput, PyTree, Any], tuple[Array, Array, PyTree]]
+    params: type = NoParams
+    check: Callable[[Any], Any] = lambda params: params
+    fit: Callable[[Trace, np.ndarray], Any] = lambda trace, cost: NoParams()
+    needs_gate: bool = False
 
 
-def stateless(score: Callable[[ExitOutput], Array]) -> Policy:
-    def step(output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
-        del e
+# Compared by identity: arrays have no truth value, and a function compiled for a policy is meant
+# for that one.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A rule with its parameters: data, and so a pytree, which may be an argument of `jax.jit`.
+
+    Attributes:
+      rule: static.
+      params: arrays and policies, as `rule.params` names them.
+    """
+
+    rule: Rule = field(metadata={"static": True})
+    params: Any = NoParams()
+
+    @property
+    def name(self) -> str:
+        return self.rule.name
+
+    def init(self, batch_size: int) -> PyTree:
+        """The state before the first exit: a pytree whose leaves have a leading batch axis."""
+        return self.rule.init(self.params, batch_size)
+
+    def step(self, output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
+        """`(logits [B, C], score [B], state)` at exit e, as `Rule.step` describes."""
+        return self.rule.step(self.params, output, state, e)
+
+
+def make(rule: Rule, *params: Any) -> Policy:
+    """The policy of a rule with these parameters, in the order of the fields of `rule.params`.
+
+    Raises:
+      ValueError: if the parameters do not fit the rule.
+    """
+    return Policy(rule, rule.check(rule.params(*params)))
+
+
+def stateless(
+    name: str, score: Callable[[ExitOutput], Array], *, needs_gate: bool = False
+) -> Policy:
+    """The policy without state or parameters that answers with the head's logits."""
+
+    def step(params: Any, output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
+        del params, e
         return output.logits, score(output), state
 
-    return Policy(lambda batch_size: (), step)
+    return Policy(Rule(name, lambda params, batch_size: (), step, needs_gate=needs_gate))
 
 
 def check_thresholds(thresholds: Iterable[float], exits: int) -> np.ndarray:
     """Thresholds as float32 `[E - 1]`.
 
     Raises:
-      ValueError: not one for each exit but the last, or one that is NaN.
+      ValueError: if there is not one for each exit but the last, or one is NaN.
     """
-    # Not `list` of an array on a device, which would fetch each number by itself.
+    # `list` of an array on a device would fetch its numbers one by one.
     is_array = isinstance(thresholds, np.ndarray | jax.Array)
     values = np.asarray(thresholds if is_array else list(thresholds), np.float32)
     if values.shape != (exits - 1,):

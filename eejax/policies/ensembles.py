@@ -1,4 +1,4 @@
-"""Policies that answer with all the exits so far, not with the present one alone.
+"""Policies that answer with all exits so far instead of the present one alone.
 
 All but `vote` pass their answer to another policy, `score`, for the confidence: by default the
 largest probability of the ensemble.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,48 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from eejax.network import ExitOutput, PyTree
-from eejax.policies.base import Policy
+from eejax.policies.base import Policy, Rule, make
 from eejax.policies.confidence import max_prob
 from eejax.trace import Trace
 
 _RATE = 0.1  # of Adam, falling to zero along a cosine
+
+
+class VoteParams(NamedTuple):
+    """The parameter of `vote`.
+
+    Attributes:
+      start: float32 `[C]`, the votes before the first exit: zeros.
+    """
+
+    start: ArrayLike
+
+
+class ExpertsParams(NamedTuple):
+    """The parameters of `mean_of_experts` and `product_of_experts`.
+
+    Attributes:
+      start: float32 `[C]`, the state before the first exit: the log of no probability, -inf, for
+        the mean, and zeros for the product.
+      score: the policy that scores the answer.
+    """
+
+    start: ArrayLike
+    score: Policy
+
+
+class ZtwParams(NamedTuple):
+    """The parameters of `ztw`.
+
+    Attributes:
+      coefficients: float32 `[E, E]`, `exp(w_ej) / (e + 1)` for `j <= e`, zero elsewhere.
+      biases: float32 `[E, C]`.
+      score: the policy that scores the answer.
+    """
+
+    coefficients: ArrayLike
+    biases: ArrayLike
+    score: Policy
 
 
 def vote(classes: int) -> Policy:
@@ -31,49 +68,25 @@ def vote(classes: int) -> Policy:
     Ties are broken by the mean probability. Sun et al., *Early exiting with ensemble internal
     classifiers*, 2021, https://arxiv.org/abs/2105.13792, divide the votes at exit e by a power of
     e. With a threshold for each exit that is a constant which the threshold absorbs, so the score
-    here is the plain count. The answer is the votes plus the mean probability: its order is what it
-    is for, and its softmax is no probability.
+    here is the plain count. The answer is the votes plus the mean probability; only its order has a
+    meaning, and its softmax is not a probability.
 
     Args:
       classes: C.
     """
-
-    def init(batch_size: int) -> PyTree:
-        zeros = jnp.zeros((batch_size, classes), jnp.float32)
-        return zeros, zeros
-
-    def step(output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
-        del e
-        _check_classes(output, classes)
-        votes, total = state
-        votes = votes + jax.nn.one_hot(output.logits.argmax(-1), classes, dtype=jnp.float32)
-        total = total + jax.nn.softmax(output.logits)
-        # A mean probability never outweighs a vote, not even where it is close to 1: where another
-        # class was voted for, this one's probability was at most one half.
-        answer = votes + total / votes.sum(-1, keepdims=True)
-        return answer, votes.max(-1), (votes, total)
-
-    return Policy(init, step)
+    return make(VOTE, np.zeros(classes))
 
 
 def mean_of_experts(classes: int, score: Policy = max_prob) -> Policy:
     """Answers with the log of the mean of the probabilities at the exits so far.
 
-    Kept as a log, so that a confidence close to 1 does not round to it.
+    The state is the log of their sum, so that a confidence close to 1 does not round to it.
 
     Args:
       classes: C.
-      score: the policy that is given the answer for logits.
+      score: the policy that scores the answer.
     """
-
-    def combine(log_p: Array, log_sum: PyTree, e: Any) -> tuple[Array, PyTree]:
-        del e
-        log_sum = jnp.logaddexp(log_sum, log_p)
-        return jax.nn.log_softmax(log_sum), log_sum
-
-    return _ensemble(
-        lambda b: jnp.full((b, classes), -jnp.inf, jnp.float32), combine, classes, score
-    )
+    return make(MEAN_OF_EXPERTS, np.full(classes, -np.inf), score)
 
 
 def product_of_experts(classes: int, score: Policy = max_prob) -> Policy:
@@ -81,55 +94,39 @@ def product_of_experts(classes: int, score: Policy = max_prob) -> Policy:
 
     Args:
       classes: C.
-      score: the policy that is given the answer for logits.
+      score: the policy that scores the answer.
     """
-
-    def combine(log_p: Array, total: PyTree, e: Any) -> tuple[Array, PyTree]:
-        del e
-        return total + log_p, total + log_p
-
-    return _ensemble(lambda b: jnp.zeros((b, classes), jnp.float32), combine, classes, score)
+    return make(PRODUCT_OF_EXPERTS, np.zeros(classes), score)
 
 
 def ztw(weights: ArrayLike, biases: ArrayLike, score: Policy = max_prob) -> Policy:
-    """Answers with a weighted geometric mean of the exits so far: Zero Time Waste's ensemble.
+    """Answers with a weighted geometric mean of the exits so far: the ensemble of Zero Time Waste.
 
         log q_e = mean_{j <= e} exp(w_ej) log p_j + b_e, normalised
 
-    Wołczyk et al., NeurIPS 2021, https://arxiv.org/abs/2106.05409. With zeros for both it is the
-    plain geometric mean; `fit_ztw` finds better ones.
+    Wołczyk et al., NeurIPS 2021, https://arxiv.org/abs/2106.05409. With w = 0 and b = 0 it is the
+    plain geometric mean; `fit_ztw` fits both.
 
     Args:
-      weights: `[E, E]`, w; what stands above the diagonal is not read.
+      weights: `[E, E]`, w; entries above the diagonal are ignored.
       biases: `[E, C]`, b.
-      score: the policy that is given the answer for logits.
+      score: the policy that scores the answer.
 
     Raises:
-      ValueError: shapes that do not fit; at an exit for which there are no weights.
+      ValueError: if the shapes do not fit, or `step` reaches an exit that has no weights.
     """
     w, b = np.asarray(weights, np.float32), np.asarray(biases, np.float32)
     if w.ndim != 2 or b.ndim != 2 or w.shape != (len(b), len(b)):
         raise ValueError(f"weights {w.shape} and biases {b.shape}; give [E, E] and [E, C].")
-    exits, classes = b.shape
-    coefficients = _coefficients(np.tril(w))
-
-    def combine(log_p: Array, past: PyTree, e: Any) -> tuple[Array, PyTree]:
-        if isinstance(e, int) and e >= exits:
-            raise ValueError(f"weights for {exits} exits, and exit {e + 1}; give them for each.")
-        past = past.at[:, e].set(log_p)
-        # Not a matrix product, which on a GPU would round its factors to ten bits.
-        terms = jnp.asarray(coefficients)[e][None, :, None] * past
-        return jax.nn.log_softmax(terms.sum(1) + jnp.asarray(b)[e][None]), past
-
-    return _ensemble(lambda n: jnp.zeros((n, exits, classes), jnp.float32), combine, classes, score)
+    return make(ZTW, _coefficients(np.tril(w)), b, score)
 
 
 def fit_ztw(trace: Trace, steps: int = 300) -> tuple[np.ndarray, np.ndarray]:
     """Weights and biases for `ztw` that minimise each exit's negative log-likelihood on `trace`.
 
-    Every exit's part is a problem of its own, convex in `exp(w)` and `b`. It starts at the plain
-    geometric mean, takes full-batch steps of Adam, and keeps the best that it comes by, so that no
-    exit ends worse than it started. Nothing is random.
+    The exits are independent problems, convex in `exp(w)` and `b`. Full-batch Adam starts at the
+    plain geometric mean, and the best parameters on the way are kept, so that no exit ends worse
+    than it started. Nothing is random.
 
     Args:
       trace: N samples of a split that serves no other purpose; E exits.
@@ -139,7 +136,7 @@ def fit_ztw(trace: Trace, steps: int = 300) -> tuple[np.ndarray, np.ndarray]:
       `(weights [E, E], biases [E, C])`, float32.
 
     Raises:
-      ValueError: an empty trace, or logits that are not finite.
+      ValueError: if the trace is empty, or logits are not finite.
     """
     if not len(trace.labels) or not np.isfinite(trace.logits).all():
         raise ValueError("an empty trace, or logits with NaN or infinity; give finite logits.")
@@ -162,7 +159,7 @@ def _fit(log_p: Array, labels: Array, steps: int) -> tuple[Array, Array]:
 
     def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
         parameters, state, best, lowest = carry
-        # The exits share no parameter, so the gradient of the sum is each one's own.
+        # The exits share no parameter, so the gradient of the sum holds that of each loss.
         loss, back = jax.vjp(nll, parameters)
         better = (loss < lowest)[:, None]
         best = jax.tree.map(lambda now, old: jnp.where(better, now, old), parameters, best)
@@ -174,37 +171,143 @@ def _fit(log_p: Array, labels: Array, steps: int) -> tuple[Array, Array]:
 
     start = (jnp.zeros((exits, exits), jnp.float32), jnp.zeros((exits, classes), jnp.float32))
     carry = (start, optimiser.init(start), start, jnp.full(exits, jnp.inf, jnp.float32))
-    # One step more than asked for, whose update is not read: it judges the last parameters.
+    # One more step, whose update is ignored, evaluates the last parameters.
     (_, _, best, _), _ = jax.lax.scan(step, carry, length=steps + 1)
     return best
 
 
 def _coefficients(weights: Any) -> Any:
-    """`exp(w_ej) / (e + 1)` for `j <= e`, zero elsewhere; NumPy or JAX, as it comes."""
+    """`exp(w_ej) / (e + 1)` for `j <= e`, zero elsewhere, in NumPy or JAX as `weights` are."""
     xp = np if isinstance(weights, np.ndarray) else jnp
     count = np.arange(1, len(weights) + 1, dtype=np.float32)
     return xp.tril(xp.exp(weights)) / count[:, None]
 
 
-def _ensemble(
-    init: Callable[[int], PyTree],
-    combine: Callable[[Array, PyTree, Any], tuple[Array, PyTree]],
-    classes: int,
-    score: Policy,
-) -> Policy:
-    """A policy from `combine(log_p, state, e) -> (logits, state)`, scored by another."""
+def _start(params: Any, batch_size: int) -> Array:
+    """`[B, C]`: the state before the first exit."""
+    start = jnp.asarray(params.start)
+    return jnp.broadcast_to(start[None], (batch_size, *start.shape))
 
-    def step(output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
-        _check_classes(output, classes)
-        own, inner = state
-        logits, own = combine(jax.nn.log_softmax(output.logits), own, e)
-        answer, certainty, inner = score.step(output._replace(logits=logits), inner, e)
-        return answer, certainty, (own, inner)
 
-    return Policy(lambda batch_size: (init(batch_size), score.init(batch_size)), step)
+def _check_start(params: Any) -> Any:
+    start = np.asarray(params.start, np.float32)
+    if start.ndim != 1:
+        raise ValueError(f"start {start.shape}; give one number for each class, [C].")
+    return params._replace(start=start)
 
 
 def _check_classes(output: ExitOutput, classes: int) -> None:
     if output.logits.shape[-1] != classes:
-        found = output.logits.shape[-1]
-        raise ValueError(f"a policy for {classes} classes, and logits of {found}; give {found}.")
+        given = output.logits.shape[-1]
+        raise ValueError(f"a policy for {classes} classes, and logits of {given}; give {given}.")
+
+
+def _vote_init(params: VoteParams, batch_size: int) -> PyTree:
+    start = _start(params, batch_size)
+    return start, jnp.zeros_like(start)
+
+
+def _vote_step(
+    params: VoteParams, output: ExitOutput, state: PyTree, e: Any
+) -> tuple[Array, Array, PyTree]:
+    del e
+    classes = np.shape(params.start)[-1]
+    _check_classes(output, classes)
+    votes, total = state
+    votes = votes + jax.nn.one_hot(output.logits.argmax(-1), classes, dtype=jnp.float32)
+    total = total + jax.nn.softmax(output.logits)
+    # A mean probability never outweighs a vote, not even if it is close to 1: at an exit that voted
+    # for another class, the probability of this one was at most one half.
+    answer = votes + total / votes.sum(-1, keepdims=True)
+    return answer, votes.max(-1), (votes, total)
+
+
+def _mean(params: ExpertsParams, log_p: Array, log_sum: Array, e: Any) -> tuple[Array, Array]:
+    del params, e
+    log_sum = jnp.logaddexp(log_sum, log_p)
+    return jax.nn.log_softmax(log_sum), log_sum
+
+
+def _product(params: ExpertsParams, log_p: Array, total: Array, e: Any) -> tuple[Array, Array]:
+    del params, e
+    return total + log_p, total + log_p
+
+
+def _ztw_past(params: ZtwParams, batch_size: int) -> Array:
+    return jnp.zeros((batch_size, *np.shape(params.biases)), jnp.float32)
+
+
+def _ztw_answer(params: ZtwParams, log_p: Array, past: Array, e: Any) -> tuple[Array, Array]:
+    coefficients, biases = jnp.asarray(params.coefficients), jnp.asarray(params.biases)
+    if isinstance(e, int) and e >= len(biases):
+        raise ValueError(f"weights for {len(biases)} exits, and exit {e + 1}; give them for each.")
+    past = past.at[:, e].set(log_p)
+    # A matrix product would round its factors to ten bits on a GPU.
+    terms = coefficients[e][None, :, None] * past
+    return jax.nn.log_softmax(terms.sum(1) + biases[e][None]), past
+
+
+def _check_ztw(params: ZtwParams) -> ZtwParams:
+    c, b = np.asarray(params.coefficients, np.float32), np.asarray(params.biases, np.float32)
+    if b.ndim != 2 or c.shape != (len(b), len(b)):
+        raise ValueError(f"coefficients {c.shape} and biases {b.shape}; give [E, E] and [E, C].")
+    return params._replace(coefficients=c, biases=b)
+
+
+def _ensemble(
+    name: str,
+    init: Callable[[Any, int], Array],
+    answer: Callable[[Any, Array, Array, Any], tuple[Array, Array]],
+    params: type,
+    check: Callable[[Any], Any],
+    fit: Callable[[Trace, np.ndarray], Any],
+) -> Rule:
+    """A rule from `answer(params, log_p, past, e) -> (logits, past)`, scored by `params.score`."""
+
+    def start(params: Any, batch_size: int) -> PyTree:
+        return init(params, batch_size), params.score.init(batch_size)
+
+    def step(
+        params: Any, output: ExitOutput, state: PyTree, e: Any
+    ) -> tuple[Array, Array, PyTree]:
+        past, inner = state
+        _check_classes(output, past.shape[-1])
+        logits, past = answer(params, jax.nn.log_softmax(output.logits), past, e)
+        logits, score, inner = params.score.step(output._replace(logits=logits), inner, e)
+        return logits, score, (past, inner)
+
+    return Rule(name, start, step, params, check, fit)
+
+
+VOTE = Rule(
+    "vote",
+    _vote_init,
+    _vote_step,
+    VoteParams,
+    _check_start,
+    lambda trace, cost: vote(trace.logits.shape[-1]).params,
+)
+MEAN_OF_EXPERTS = _ensemble(
+    "mean_of_experts",
+    _start,
+    _mean,
+    ExpertsParams,
+    _check_start,
+    lambda trace, cost: mean_of_experts(trace.logits.shape[-1]).params,
+)
+PRODUCT_OF_EXPERTS = _ensemble(
+    "product_of_experts",
+    _start,
+    _product,
+    ExpertsParams,
+    _check_start,
+    lambda trace, cost: product_of_experts(trace.logits.shape[-1]).params,
+)
+ZTW = _ensemble(
+    "ztw",
+    _ztw_past,
+    _ztw_answer,
+    ZtwParams,
+    _check_ztw,
+    lambda trace, cost: ztw(*fit_ztw(trace)).params,
+)

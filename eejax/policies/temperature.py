@@ -7,46 +7,74 @@ https://arxiv.org/abs/1706.04599.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import ArrayLike
 
 from eejax.network import ExitOutput, PyTree
-from eejax.policies.base import Policy
+from eejax.policies.base import Policy, Rule, make
+from eejax.policies.confidence import max_prob
 from eejax.trace import Trace
 
 
-def with_temperatures(policy: Policy, temperatures: Sequence[float] | np.ndarray) -> Policy:
+class TemperatureParams(NamedTuple):
+    """The parameters of `with_temperatures`.
+
+    Attributes:
+      temperatures: float32 `[E]`, positive.
+      policy: steps on the logits divided by them.
+    """
+
+    temperatures: ArrayLike
+    policy: Policy
+
+
+def with_temperatures(policy: Policy, temperatures: Sequence[float] | ArrayLike) -> Policy:
     """The same policy over logits divided by a temperature for each exit.
 
     Args:
-      policy: whose answers become the calibrated logits.
-      temperatures: E positive numbers, as `calibration.fit_temperatures` returns.
+      policy: its answers become the calibrated logits.
+      temperatures: `[E]`, positive, as `fit_temperatures` returns.
 
     Raises:
-      ValueError: one that is not positive; at an exit for which there is none.
+      ValueError: if a temperature is not positive, or `step` reaches an exit that has none.
     """
-    # Python numbers: NumPy's float64 would be a type of its own under strict promotion.
-    values = [float(t) for t in temperatures]
-    if not all(t > 0 for t in values):
-        raise ValueError(f"temperatures {values}; give positive numbers.")
+    return make(TEMPERATURE, temperatures, policy)
 
-    def step(output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
-        if isinstance(e, int) and e >= len(values):
-            raise ValueError(f"{len(values)} temperatures, and exit {e + 1}; give one for each.")
-        temperature = jnp.asarray(values, jnp.float32)[e]
-        return policy.step(output._replace(logits=output.logits / temperature), state, e)
 
-    return Policy(policy.init, step)
+def _check(params: TemperatureParams) -> TemperatureParams:
+    values = np.asarray(params.temperatures, np.float32)
+    if values.ndim != 1 or not (values > 0).all():
+        raise ValueError(f"temperatures {values.tolist()}; give positive numbers, one for each.")
+    return params._replace(temperatures=values)
 
+
+def _step(
+    params: TemperatureParams, output: ExitOutput, state: PyTree, e: Any
+) -> tuple[Array, Array, PyTree]:
+    temperatures = jnp.asarray(params.temperatures)
+    if isinstance(e, int) and e >= len(temperatures):
+        raise ValueError(f"{len(temperatures)} temperatures, and exit {e + 1}; give one for each.")
+    return params.policy.step(output._replace(logits=output.logits / temperatures[e]), state, e)
+
+
+TEMPERATURE = Rule(
+    "temperature",
+    lambda params, batch_size: params.policy.init(batch_size),
+    _step,
+    TemperatureParams,
+    _check,
+    lambda trace, cost: with_temperatures(max_prob, fit_temperatures(trace)).params,
+)
 
 _LOG_LIMIT = np.log(100.0)  # temperatures in [1/100, 100]
 
 
 def fit_temperatures(trace: Trace) -> np.ndarray:
-    """The temperatures `[E]` that minimise each exit's negative log-likelihood on `trace`.
+    """The temperatures `[E]` that minimise the negative log-likelihood of each exit on `trace`.
 
     In `b = 1 / T` the negative log-likelihood of `softmax(b z)` is convex, so its slope
     `mean(E_p[z] - z_y)` changes sign once: bisection on `log b` finds it to float precision.
@@ -55,11 +83,11 @@ def fit_temperatures(trace: Trace) -> np.ndarray:
       trace: N samples of a split that serves no other purpose.
 
     Returns:
-      Float64 `[E]`, within [0.01, 100]; the limit is reached where every sample is right (or
-      all are wrong) and the likelihood has no maximum.
+      Float64 `[E]`, within [0.01, 100]. An end of that range is reached where the likelihood has no
+      maximum: every sample is correct, or every one wrong.
 
     Raises:
-      ValueError: an empty trace, or logits that are not finite.
+      ValueError: if the trace is empty, or logits are not finite.
     """
     if not len(trace.labels) or not np.isfinite(trace.logits).all():
         raise ValueError("an empty trace, or logits with NaN or infinity; give finite logits.")
@@ -71,7 +99,7 @@ def fit_temperatures(trace: Trace) -> np.ndarray:
         middle = (low + high) / 2
         p = np.exp(np.exp(middle)[:, None] * z)
         slope = ((p * z).sum(-1) / p.sum(-1) - z_label).mean(0)
-        # A slope of zero is one that underflowed: every sample is right, and surer is still better.
-        surer = slope <= 0
-        low, high = np.where(surer, middle, low), np.where(surer, high, middle)
+        # A slope of zero has underflowed: every sample is correct, and a colder softmax is better.
+        colder = slope <= 0
+        low, high = np.where(colder, middle, low), np.where(colder, high, middle)
     return np.exp(-(low + high) / 2)

@@ -18,7 +18,7 @@ from eejax import policies
 from eejax.evaluation import metrics, routing
 from eejax.evaluation.routing import Routed, route
 from eejax.policies import ensembles
-from eejax.policies import learned as scheduler
+from eejax.policies import scheduler
 from eejax.policies import temperature as calibration
 from eejax.selection import bounds, guarantees, placement, thresholds
 from eejax.trace import Trace

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 
 from eejax.gates import log_exit_distribution
 from eejax.network import ExitOutput, PyTree
-from eejax.policies.base import Policy
+from eejax.policies.base import Policy, Rule, make
 from eejax.policies.confidence import entropy, margin, max_prob
 from eejax.trace import Trace
 
@@ -61,37 +61,43 @@ class Parameters(NamedTuple):
 
 
 def scheduler(parameters: Parameters) -> Policy:
-    """The policy that scores with a linear function of the statistics; answers are the head's own.
+    """The policy that scores with a linear function of the statistics and answers with the logits.
 
     Args:
       parameters: as `fit` returns.
 
     Raises:
-      ValueError: shapes that do not fit; at an exit for which there are no weights.
+      ValueError: if the shapes do not fit, or `step` reaches an exit that has no weights.
     """
-    weights, mean, std = (np.asarray(p, np.float32) for p in parameters)
-    exits = len(weights)
-    if weights.shape != (exits, _STATISTICS + 1) or not (
-        mean.shape == std.shape == (exits, _STATISTICS)
-    ):
+    return make(SCHEDULER, *parameters)
+
+
+def _check(params: Parameters) -> Parameters:
+    weights, mean, std = (np.asarray(p, np.float32) for p in params)
+    shape = (len(weights), _STATISTICS) if weights.ndim == 2 else ()
+    if weights.shape[1:] != (_STATISTICS + 1,) or not mean.shape == std.shape == shape:
         raise ValueError(
             f"weights {weights.shape}, mean {mean.shape}, std {std.shape}; give [E, 6], [E, 5] and "
             "[E, 5], as `fit` returns."
         )
+    return Parameters(weights, mean, std)
 
-    def init(batch_size: int) -> PyTree:
-        return jnp.full((batch_size, exits), -1, jnp.int32), jnp.zeros(batch_size, jnp.float32)
 
-    def step(output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
-        if isinstance(e, int) and e >= exits:
-            raise ValueError(f"a scheduler of {exits} exits, and exit {e + 1}; fit one for each.")
-        past, before = state
-        statistics, past = _statistics(output, past)
-        standard = (statistics - jnp.asarray(mean)[e][None]) / jnp.asarray(std)[e][None]
-        score = _score(jnp.asarray(weights)[e], standard, before)
-        return output.logits, score, (past, score)
+def _init(params: Parameters, batch_size: int) -> PyTree:
+    past = jnp.full((batch_size, len(params.weights)), -1, jnp.int32)
+    return past, jnp.zeros(batch_size, jnp.float32)
 
-    return Policy(init, step)
+
+def _step(
+    params: Parameters, output: ExitOutput, state: PyTree, e: Any
+) -> tuple[Array, Array, PyTree]:
+    weights, mean, std = map(jnp.asarray, params)
+    if isinstance(e, int) and e >= len(weights):
+        raise ValueError(f"a scheduler of {len(weights)} exits, and exit {e + 1}; fit one for each.")
+    past, before = state
+    statistics, past = _statistics(output, past)
+    score = _score(weights[e], (statistics - mean[e][None]) / std[e][None], before)
+    return output.logits, score, (past, score)
 
 
 def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
@@ -205,3 +211,6 @@ def _statistics(output: ExitOutput, past: Array) -> tuple[Array, Array]:
     # Scores in nats reach 1e38; their logs do not, and are in the same order.
     nats = [jnp.log1p(policy.step(output, (), 0)[1]) for policy in (max_prob, margin)]
     return jnp.stack([*nats, entropy.step(output, (), 0)[1], agrees, share], axis=-1), past
+
+
+SCHEDULER = Rule("scheduler", _init, _step, Parameters, _check, fit)
