@@ -18,8 +18,7 @@ from eejax import policies
 from eejax import trace as eejax_trace
 from eejax.evaluation import routing
 from eejax.network import EarlyExitNetwork, ExitOutput, Module
-from eejax.policies import ensembles
-from eejax.policies import scheduler
+from eejax.policies import ensembles, scheduler
 from eejax.policies.base import Policy, Rule
 
 CLASSES = 3

@@ -117,8 +117,8 @@ def to_arrays(policy: Policy) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     if _ALL.get(policy.name) is not policy.rule:
         raise ValueError(
-            f"the rule {policy.name!r} is not in eejax.policies.POLICIES; only its rules, which are "
-            f"{', '.join(_ALL)}, can be saved."
+            f"the rule {policy.name!r} is not in eejax.policies.POLICIES, so it cannot be saved; "
+            f"use one of {', '.join(_ALL)}, or add it there."
         )
     description: dict[str, Any] = {"rule": policy.name}
     arrays: dict[str, np.ndarray] = {}
@@ -152,8 +152,8 @@ def _assembled(description: Any, arrays: Mapping[str, ArrayLike], prefix: str) -
     given = [name for name in description if name != "rule"]
     if sorted(given) != sorted(names):
         raise ValueError(
-            f"the policy {rule!r} has the parameters {given}; expected {list(names)}. Save it again "
-            "with to_arrays."
+            f"the policy {rule!r} has the parameters {given}; expected {list(names)}. Save it "
+            "again with to_arrays."
         )
     kinds, params = get_type_hints(_ALL[rule].params), []
     for name in names:

@@ -63,7 +63,7 @@ class Policy:
     """
 
     rule: Rule = field(metadata={"static": True})
-    params: Any = NoParams()
+    params: Any = field(default_factory=NoParams)
 
     @property
     def name(self) -> str:

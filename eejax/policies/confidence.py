@@ -64,8 +64,8 @@ https://arxiv.org/abs/1709.01686)."""
 
 
 margin = stateless("margin", _margin)
-"""Largest minus second largest probability (the score margin of Park et al., *Big/little deep neural
-network for ultra low power inference*, CODES+ISSS 2015,
+"""Largest minus second largest probability (the score margin of Park et al., *Big/little deep
+neural network for ultra low power inference*, CODES+ISSS 2015,
 https://doi.org/10.1109/CODESISSS.2015.7331375)."""
 
 

@@ -267,9 +267,7 @@ def _ensemble(
     def start(params: Any, batch_size: int) -> PyTree:
         return init(params, batch_size), params.score.init(batch_size)
 
-    def step(
-        params: Any, output: ExitOutput, state: PyTree, e: Any
-    ) -> tuple[Array, Array, PyTree]:
+    def step(params: Any, output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
         past, inner = state
         _check_classes(output, past.shape[-1])
         logits, past = answer(params, jax.nn.log_softmax(output.logits), past, e)

@@ -93,7 +93,9 @@ def _step(
 ) -> tuple[Array, Array, PyTree]:
     weights, mean, std = map(jnp.asarray, params)
     if isinstance(e, int) and e >= len(weights):
-        raise ValueError(f"a scheduler of {len(weights)} exits, and exit {e + 1}; fit one for each.")
+        raise ValueError(
+            f"a scheduler of {len(weights)} exits, and exit {e + 1}; fit one for each."
+        )
     past, before = state
     statistics, past = _statistics(output, past)
     score = _score(weights[e], (statistics - mean[e][None]) / std[e][None], before)

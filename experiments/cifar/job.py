@@ -17,7 +17,7 @@ from eejax.evaluation.routing import route
 from eejax.inference.compaction import compact
 from eejax.inference.executors import cond
 from eejax.network import EarlyExitNetwork
-from eejax.policies.temperature import with_temperatures
+from eejax.policies import POLICIES
 from eejax.selection.thresholds import for_budget
 from eejax.trace import collect
 from experiments.cifar.cli import Arguments
@@ -103,7 +103,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
 
     # Traces, temperatures, thresholds.
     learned_gate = trains_gate(config.train.regime)
-    names = tuple(n for n in config.policies.names if n != "gate" or learned_gate)
+    names = tuple(n for n in config.policies.names if learned_gate or not POLICIES[n].needs_gate)
     with console.status("recording traces and choosing thresholds"):
         traces = evaluate.Traces(
             *(
@@ -112,7 +112,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
             )
         )
         np.savez(workdir / "trace_test.npz", **traces.test._asdict())
-        temperatures, scored = evaluate.calibrated(traces, names)
+        scored = {n: evaluate.evaluated(n, traces, costs.fractions) for n in names}
         policies, curves = [], {}
         for name in names:
             policies += evaluate.policy_rows(
@@ -125,12 +125,12 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
     # Compiled inference, with the thresholds of one policy at one budget.
     chosen = config.inference.policy
     if chosen not in scored:
-        scored |= evaluate.calibrated(traces, (chosen,))[1]
+        scored[chosen] = evaluate.evaluated(chosen, traces, costs.fractions)
     correct = scored[chosen].choose.predictions == traces.choose.labels[:, None]
     limits = for_budget(
         scored[chosen].choose.scores, correct, costs.fractions, config.inference.budget
     ).thresholds
-    policy = with_temperatures(evaluate.POLICIES[chosen], tuple(temperatures.tolist()))
+    policy = scored[chosen].policy
     with console.status("timing compiled inference"):
         inference = [
             {
@@ -165,7 +165,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
         "target": {"kind": "budget", "value": config.inference.budget},
         "whole_macs": float(costs.cumulative[-1]),
         "exits": evaluate.exit_rows(
-            scored[chosen].test, test.labels, costs.cumulative, temperatures
+            scored[chosen].test, test.labels, costs.cumulative, policy.params.temperatures
         ),
         "policies": policies,
         "curve": curves,

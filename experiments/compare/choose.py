@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eejax import policies
 from eejax.evaluation.routing import Scored, score
 from eejax.selection import guarantees, thresholds
 from eejax.selection.guarantees import Certificate
@@ -19,7 +20,6 @@ from eejax.trace import Trace
 from experiments.compare import cells as compare_cells
 from experiments.compare.cells import Cell, Traces
 from experiments.compare.config import DriftConfig, GuaranteeConfig, Loss, TargetsConfig
-from experiments.compare.policies import fitted
 
 CASCADE = "cascade"
 MOST_MEMBERS = 3
@@ -96,7 +96,7 @@ def _family(
     exits: tuple[int, ...], name: str, traces: Traces, cost: np.ndarray, ms: np.ndarray
 ) -> Family:
     calibrate, choose, certify, test = (keep_trace(trace, exits) for trace in traces)
-    policy = fitted(name, calibrate, cost)
+    policy = policies.fit(name, calibrate, cost)
     scored = (score(policy, choose), score(policy, certify), score(policy, test))
     return Family(exits, *scored, cost, ms)
 

@@ -17,15 +17,13 @@ import numpy as np
 from eejax import policies
 from eejax.evaluation import metrics, routing
 from eejax.evaluation.routing import Routed, route
-from eejax.policies import ensembles
-from eejax.policies import scheduler
+from eejax.policies import ensembles, scheduler
 from eejax.policies import temperature as calibration
 from eejax.selection import bounds, guarantees, placement, thresholds
 from eejax.trace import Trace
 from experiments.command_line import to_json
 from experiments.compare import choose as compare_choose
 from experiments.compare import drift as compare_drift
-from experiments.compare import policies as compare_policies
 from experiments.compare.cells import Traces
 from experiments.compare.choose import (
     CASCADE,
@@ -42,7 +40,7 @@ from experiments.data.cache import replacing
 # What is decided depends on these; when one changes, everything is decided anew.
 _DECIDING = (
     *(bounds, calibration, ensembles, guarantees, metrics, placement, policies, routing, scheduler),
-    *(thresholds, compare_choose, compare_drift, compare_policies),
+    *(thresholds, compare_choose, compare_drift),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from eejax import policies
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import route, score
 from eejax.trace import read_trace
@@ -15,7 +16,6 @@ from experiments.compare import cells as compare_cells
 from experiments.compare.cells import Traces
 from experiments.compare.choose import Subject
 from experiments.compare.config import DriftConfig
-from experiments.compare.policies import fitted
 
 
 def drifted(
@@ -33,7 +33,7 @@ def drifted(
       losses of each row, `drift_0`, `drift_1`, ..., bool `[images]`.
     """
     cost = np.asarray(subject.cost)
-    policy = fitted(name, traces.calibrate, cost)
+    policy = policies.fit(name, traces.calibrate, cost)
     count = min(config.images, len(traces.test.labels))
     place = subject.cells[0].directory(workdir)
     sets = [("clean", 0, compare_cells.select(traces.test, np.arange(count)))]

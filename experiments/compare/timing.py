@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from eejax import benchmark, cost
+from eejax import benchmark, cost, policies
 from eejax.benchmark import BenchmarkEntry, benchmark_rows, plain_entry, predictor_entry
 from eejax.cascades import cascade, cascade_variables
 from eejax.evaluation import metrics
@@ -29,7 +29,6 @@ from eejax.selection.placement import Placement, choose_exits, keep_trace
 from experiments.compare import cells as compare_cells
 from experiments.compare.cells import Cell
 from experiments.compare.choose import CASCADE, Subject, subject_traces
-from experiments.compare.policies import fitted
 from experiments.data.cache import replacing
 from experiments.report.environment import PACKAGES, circumstances
 from experiments.train import trained
@@ -143,7 +142,7 @@ def _policy(contender: Contender, workdir: Path) -> Policy:
     subject = Subject(name, first.seed, cells, (1.0,) * len(cells), ())
     trace = subject_traces(subject, workdir).calibrate
     trace = trace if contender.keep is None else keep_trace(trace, contender.keep)
-    return fitted(contender.policy, trace, _macs(contender))
+    return policies.fit(contender.policy, trace, _macs(contender))
 
 
 def _macs(contender: Contender) -> np.ndarray:
@@ -164,7 +163,9 @@ def placed(
 
     def make(exits: tuple[int, ...]) -> Policy:
         # At the costs that the policy is made with when it is timed.
-        return fitted(policy, keep_trace(traces.calibrate, exits), macs.keeping(exits).cumulative)
+        return policies.fit(
+            policy, keep_trace(traces.calibrate, exits), macs.keeping(exits).cumulative
+        )
 
     row: dict[str, Any] = {"regime": cell.name, "policy": policy, "budget_ms": budget_ms}
     try:

@@ -10,17 +10,9 @@ from eejax import policies
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import Routed, Scored, route, score
 from eejax.policies.base import Policy
-from eejax.policies.temperature import fit_temperatures, with_temperatures
 from eejax.selection import thresholds
 from eejax.trace import Trace
 from experiments.evaluate.config import PoliciesConfig
-
-POLICIES: dict[str, Policy] = {
-    "max_prob": policies.max_prob,
-    "entropy": policies.entropy,
-    "margin": policies.margin,
-    "gate": policies.gate,
-}
 
 
 class Traces(NamedTuple):
@@ -35,22 +27,20 @@ class Evaluated(NamedTuple):
     """A policy on its two splits.
 
     Attributes:
+      policy: fitted.
       choose: what thresholds are chosen on.
       test: what is reported.
     """
 
+    policy: Policy
     choose: Scored
     test: Scored
 
 
-def calibrated(traces: Traces, names: tuple[str, ...]) -> tuple[np.ndarray, dict[str, Evaluated]]:
-    """Temperatures `[E]`, and each policy's scores with them."""
-    temperatures = fit_temperatures(traces.calibrate)
-    scored = {}
-    for name in names:
-        policy = with_temperatures(POLICIES[name], tuple(temperatures.tolist()))
-        scored[name] = Evaluated(score(policy, traces.choose), score(policy, traces.test))
-    return temperatures, scored
+def evaluated(name: str, traces: Traces, cost: np.ndarray) -> Evaluated:
+    """A policy, fitted on `calibrate`, and its scores; `cost` `[E]` of leaving at each exit."""
+    policy = policies.fit(name, traces.calibrate, cost)
+    return Evaluated(policy, score(policy, traces.choose), score(policy, traces.test))
 
 
 def exit_rows(

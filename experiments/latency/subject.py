@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from eejax import cost
 from eejax.evaluation.routing import score
 from eejax.network import EarlyExitNetwork, Variables, normalise
-from eejax.policies.base import Policy
-from eejax.policies.temperature import fit_temperatures, with_temperatures
+from eejax.policies import POLICIES, Policy, fit, with_temperatures
 from eejax.selection.thresholds import for_budget
 from eejax.trace import Trace, collect
 from experiments.cifar.config import Config
 from experiments.command_line import from_json, read_run
 from experiments.data import splits as data
-from experiments.evaluate.rows import POLICIES
 from experiments.latency.flags import Arguments, is_stream, rates_of
 from experiments.train import trained
 from experiments.train.config import build_network
@@ -132,7 +131,9 @@ def _random(arguments: Arguments, count: int) -> Subject:
     # Logits of a deep random network are in the thousands, where every answer is certain and all
     # scores are the same.
     spread = trace.logits.std(axis=(0, 2))
-    policy = with_temperatures(POLICIES[arguments.policy], np.maximum(spread, 1e-6).tolist())
+    rule = POLICIES[arguments.policy]
+    fractions = cost.xla_macs(network, variables, jnp.asarray(images[:1])).fractions
+    policy = with_temperatures(Policy(rule, rule.fit(trace, fractions)), np.maximum(spread, 1e-6))
     rates = rates_of("trained", network.num_exits, arguments.rates)
     scores = score(policy, trace).scores
     name = f"random {config.words}, {side}x{side} images"
@@ -153,8 +154,8 @@ def _of_run(arguments: Arguments, count: int) -> Subject:
         training, config.seed, arguments.run, quiet
     )
 
-    temperatures = fit_temperatures(collect(network, variables, *dataset.calibrate))
-    policy = with_temperatures(POLICIES[config.inference.policy], temperatures.tolist())
+    calibrate = collect(network, variables, *dataset.calibrate)
+    policy = fit(config.inference.policy, calibrate, costs.fractions)
     choose = score(policy, collect(network, variables, *dataset.choose))
     limits = for_budget(
         choose.scores,
