@@ -1,0 +1,79 @@
+"""What the wheel holds and needs: imports match the declared dependencies, and floors hold."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import eejax
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py"}
+DISTRIBUTIONS |= {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets"}
+
+
+def imported(path):
+    """The full names of all modules that a file imports, and of what it imports from them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def third_party(folder):
+    """The distributions that a folder imports."""
+    names = {n.split(".")[0] for path in (ROOT / folder).rglob("*.py") for n in imported(path)}
+    names -= {*sys.stdlib_module_names, "eejax", "experiments", "configs"}
+    return {DISTRIBUTIONS.get(name, name) for name in names}
+
+
+def requirements(lines):
+    """The distributions that requirement lines name."""
+    return {re.split(r"[\[<>=; ]", line)[0] for line in lines}
+
+
+def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
+    assert third_party("eejax") - {"jaxlib"} == requirements(PROJECT["dependencies"])
+
+
+def test_the_experiments_import_what_the_package_and_their_extra_declare():
+    declared = requirements([*PROJECT["dependencies"], *EXTRAS["experiments"]])
+    assert third_party("experiments") | third_party("configs") <= declared | {"jaxlib"}
+    assert "eejax[docs,experiments]" in EXTRAS["dev"]
+
+
+def test_the_package_imports_nothing_of_the_experiments():
+    for path in (ROOT / "eejax").rglob("*.py"):
+        names = {name.split(".")[0] for name in imported(path)}
+        assert not names & {"experiments", "configs", "tests"}, path
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, eejax; print(*{name.split('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"flax", "orbax", "matplotlib", "pandas", "sklearn", "tyro", "rich", "experiments"}
+    assert not heavy & set(run.stdout.split())
+
+
+PACKAGES = ["eejax"] + [
+    module.name for module in pkgutil.walk_packages(eejax.__path__, "eejax.") if module.ispkg
+]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_public_name_hides_a_submodule(name):
+    """`import eejax.x as c` gives a module, whatever `eejax` exports."""
+    package = importlib.import_module(name)
+    for module in pkgutil.iter_modules(package.__path__):
+        assert inspect.ismodule(getattr(package, module.name, inspect)), module.name
