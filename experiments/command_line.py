@@ -18,6 +18,7 @@ import cattrs
 import tyro
 from cattrs.preconf.json import make_converter
 
+from experiments.data.splits import resolve
 from experiments.train.config import NetworkConfig
 
 T = TypeVar("T")
@@ -71,15 +72,51 @@ def parse_start(argv: Sequence[str]) -> Start:
     return start
 
 
-def stored_config(start: Start, kind: type[T]) -> T | None:
-    """The configuration of the run that `--resume` continues; None if its directory holds none yet.
+def parse_run(
+    kind: type[T], prog: str, argv: Sequence[str], default: Callable[[str], Any]
+) -> tuple[T, Any]:
+    """Reads the command line of a run; the data set that it names can be had.
+
+    The configuration begins as that of the run to continue, or of `--config`, or as the data set's
+    own; flags override it.
+
+    Args:
+      kind: dataclass with `config`, `workdir`, `resume`, and the configuration in `run`.
+      prog: the command.
+      argv: its flags.
+      default: the configuration for a data set.
+
+    Returns:
+      The arguments, `resume` true only if there is a run to continue, and the configuration of
+      that run, else None.
 
     Raises:
-      ValueError: if the directory holds a run that cannot be read.
+      ValueError, FileNotFoundError: a one-line reason.
+      SystemExit: after `--help`.
     """
-    if not start.resume or start.workdir is None or not (start.workdir / STORED).exists():
-        return None
-    return from_json(kind, read_run(start.workdir)["config"])
+    start = parse_start(argv)
+    bare: Any = kind()
+    config = type(bare.run)
+    stored = None
+    if start.resume and start.workdir is not None and (start.workdir / STORED).exists():
+        stored = from_json(config, read_run(start.workdir)["config"])
+    file = stored
+    if file is None and start.config is not None:
+        file = of_family(load_config(start.config, config), start.family)
+
+    def parsed(run: Any) -> Any:
+        return parse(kind, prog, argv, dataclasses.replace(bare, run=run))
+
+    arguments = parsed(of_family(config(), start.family) if file is None else file)
+    asked, name = arguments.run.data.name, resolve(arguments.run.data)
+    if file is None:
+        arguments = parsed(of_family(default(name), start.family))
+    # "auto" stays if it had to fall back, so that reading the images can say so.
+    data = dataclasses.replace(
+        arguments.run.data, name="auto" if asked == "auto" and name == "digits" else name
+    )
+    run = dataclasses.replace(arguments.run, data=data)
+    return dataclasses.replace(arguments, run=run, resume=stored is not None), stored
 
 
 def load_config(path: Path, kind: type[T]) -> T:

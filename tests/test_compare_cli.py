@@ -20,7 +20,8 @@ from experiments.compare.config import Comparison, check
 from experiments.data import splits as data
 
 DIGITS = ["--data.name", "digits"]
-OWN = load_config(compare_cli.CONFIGS / "digits.py", Comparison)
+COMPARISONS = command_line.CONFIGS / "compare"
+OWN = load_config(COMPARISONS / "digits.py", Comparison)
 
 
 def parsed(*argv):
@@ -37,7 +38,7 @@ def refused(*argv: str) -> str:
 
 def resolving_to(monkeypatch, name):
     """As if this data set were what can be had."""
-    monkeypatch.setattr(compare_cli, "resolve", lambda config: name)
+    monkeypatch.setattr(command_line, "resolve", lambda config: name)
 
 
 # --- where the configuration comes from ----------------------------------------------------------
@@ -74,7 +75,7 @@ def test_a_data_set_without_its_own_file_takes_its_main_jobs(name, monkeypatch):
 def test_without_flags_it_is_cifar10_or_says_that_it_had_to_fall_back(monkeypatch):
     resolving_to(monkeypatch, "cifar10")
     whole = compare_cli.parse([])
-    assert whole.run == load_config(compare_cli.CONFIGS / "cifar10.py", Comparison)
+    assert whole.run == load_config(COMPARISONS / "cifar10.py", Comparison)
     resolving_to(monkeypatch, "digits")
     instead = compare_cli.parse([])
     assert instead.workdir == Path("runs/compare-digits")
@@ -132,7 +133,7 @@ def test_resume_begins_a_comparison_where_there_is_none(tmp_path):
     assert not arguments.resume, "nothing to continue"
 
 
-@pytest.mark.parametrize("path", sorted(compare_cli.CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(COMPARISONS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_configuration_file_can_be_run(path):
     config = load_config(path, Comparison)
     check(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments import command_line
 from experiments.cifar.config import Config, check
-from experiments.command_line import CONFIGS, load_config, of_family
-from experiments.data.splits import resolve
+from experiments.command_line import CONFIGS, STORED, load_config, parse_run, refuse_changes
 
 
 @dataclass(frozen=True)
@@ -32,47 +29,25 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Reads and checks a command line; the data set that it names can be had.
-
-    Returns:
-      The arguments; `resume` is true only if there is a run to continue.
+    """Reads and checks a command line, as `command_line.parse_run`.
 
     Raises:
       ValueError, FileNotFoundError: a one-line reason, before anything is downloaded, compiled or
         written.
       SystemExit: after `--help`.
     """
-    start = command_line.parse_start(argv)
-    stored = command_line.stored_config(start, Config)
-    if stored is not None:
-        arguments = _parse(argv, stored)
-        command_line.refuse_changes(stored, arguments.run)
-        check(arguments.run)
-        return arguments
-    file = Config() if start.config is None else load_config(start.config, Config)
-    arguments = _parse(argv, of_family(file, start.family))
-    # Checked before and after the data set is known: a mistake should not wait for a look at the
-    # network, and the data set may bring another configuration.
+    arguments, stored = parse_run(Arguments, "python -m experiments.cifar", argv, default)
     check(arguments.run)
-    name = resolve(arguments.run.data)
-    if start.config is None:
-        asked = arguments.run.data.name
-        file = load_config(CONFIGS / f"{name}.py", Config)
-        arguments = _parse(argv, of_family(file, start.family))
-        check(arguments.run)
-        # "auto" stays, so that loading the images can say that they are a fall-back.
-        data = dataclasses.replace(arguments.run.data, name=asked)
-        run = dataclasses.replace(arguments.run, data=data)
-        arguments = dataclasses.replace(arguments, run=run)
-    workdir = arguments.workdir
-    if workdir is not None and (workdir / command_line.STORED).exists():
+    if stored is not None:
+        refuse_changes(stored, arguments.run)
+    elif arguments.workdir is not None and (arguments.workdir / STORED).exists():
         raise ValueError(
-            f"{workdir} holds a run already; add --resume to continue it, or give another "
-            "--workdir."
+            f"{arguments.workdir} holds a run already; add --resume to continue it, or give "
+            "another --workdir."
         )
-    return dataclasses.replace(arguments, resume=False)
+    return arguments
 
 
-def _parse(argv: Sequence[str], run: Config) -> Arguments:
-    prog = "python -m experiments.cifar"
-    return command_line.parse(Arguments, prog, argv, Arguments(run=run))
+def default(name: str) -> Config:
+    """The configuration of a data set."""
+    return load_config(CONFIGS / f"{name}.py", Config)

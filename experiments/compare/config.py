@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from experiments.checks import require, require_all, require_not_negative, require_positive
 from experiments.cifar.config import Config
 from experiments.cifar.config import check as check_run
 from experiments.data.config import DataConfig
@@ -135,13 +136,12 @@ class Comparison:
 
 
 def check(config: Comparison) -> None:
-    """Refuses what cannot be run, before anything slow begins.
+    """Checks all that can be checked without reading an image.
 
     Raises:
-      ValueError: the field, what it is, and what it may be.
+      ValueError: if a value cannot be used; one line with the field, its value and what to give.
     """
-    exits = config.network.num_exits
-    # The parts that the main job has too; its loss is each of the regimes.
+    exits, targets, guarantee = config.network.num_exits, config.targets, config.guarantee
     for regime in config.regimes:
         train = dataclasses.replace(config.train, regime=regime)
         check_run(Config(data=config.data, network=config.network, train=train))
@@ -149,66 +149,39 @@ def check(config: Comparison) -> None:
         ("seeds", config.seeds),
         ("regimes", config.regimes),
         ("policies", config.policies),
-        ("targets.budgets", config.targets.budgets),
-    ):
-        if not values or len(set(values)) < len(values):
-            _refuse(name, values, "at least one, and each once")
-    for seed in config.seeds:
-        if not 0 <= seed < 2**32:
-            _refuse("seeds", seed, "whole numbers from 0 to 4294967295")
-    # Two trainings of one name would write into one directory.
-    for name, values in (
+        ("targets.budgets", targets.budgets),
         ("static.widths", config.static.widths),
         ("static.exits", config.static.exits),
     ):
-        if len(set(values)) < len(values):
-            _refuse(name, values, "each once")
-    if exits < 2:
-        _refuse("network.exits", config.network.exits, "at least one before the last block")
-    if config.policies[0] in ("gate", "fixed", "random"):
-        _refuse("policies", config.policies[0], "another first: it is what others are compared to")
-    for name, values in (
-        ("targets.budgets", config.targets.budgets),
-        ("guarantee.budgets", config.guarantee.budgets),
-        ("guarantee.risks", config.guarantee.risks),
-        ("guarantee.delta", (config.guarantee.delta,)),
+        require(len(set(values)) == len(values), name, values, "each once")
+        require(bool(values) or name.startswith("static"), name, values, "at least one")
+    expected = "whole numbers from 0 to 4294967295"
+    require_all("", config, "seeds", lambda seed: 0 <= seed < 2**32, expected)
+    expected = "at least one before the last block"
+    require(exits >= 2, "network.exits", config.network.exits, expected)
+    first = config.policies[0]
+    expected = "another first: it is what others are compared to"
+    require(first not in ("gate", "fixed", "random"), "policies", first, expected)
+    for section, part, fields in (
+        ("targets", targets, "budgets"),
+        ("guarantee", guarantee, "budgets risks delta"),
     ):
-        for value in values:
-            if not 0 < value < 1:
-                _refuse(name, value, "fractions between 0 and 1")
-    for name, values in (
-        ("targets.budgets_ms", config.targets.budgets_ms),
-        ("timing.keep_exits", config.timing.keep_exits),
-        ("timing.batch", (config.timing.batch,)),
-        ("timing.repeats", (config.timing.repeats,)),
-        ("drift.images", (config.drift.images,)),
-        ("static.widths", config.static.widths),
-    ):
-        for value in values:
-            if not value > 0:
-                _refuse(name, value, "something greater than 0")
-    for drop in config.targets.drops:
-        if not drop >= 0:
-            _refuse("targets.drops", drop, "something of at least 0")
-    if config.targets.curve < 2:
-        _refuse("targets.curve", config.targets.curve, "at least 2 points")
-    for severity in config.drift.severities:
-        if not 1 <= severity <= 5:
-            _refuse("drift.severities", severity, "numbers from 1 to 5")
-    for exit_ in config.static.exits:
-        if not 1 <= exit_ < exits:
-            _refuse("static.exits", exit_, f"exits from 1 to {exits - 1}")
-    if config.guarantee.policies and config.guarantee.risks and config.data.certify < 1:
-        _refuse("data.certify", config.data.certify, "images to certify a risk with, 200 or more")
-    for name, values in (
-        ("guarantee.policies", config.guarantee.policies),
-        ("timing.policies", config.timing.policies),
-        ("drift.policies", config.drift.policies),
-    ):
-        missing = sorted(set(values) - set(config.policies))
-        if missing:
-            _refuse(name, ", ".join(missing), f"some of --policies: {', '.join(config.policies)}")
-
-
-def _refuse(name: str, value: object, expected: str) -> None:
-    raise ValueError(f"{name}: {value} cannot be used; give {expected}.")
+        require_all(section, part, fields, lambda v: 0 < v < 1, "fractions between 0 and 1")
+    require_positive("targets", targets, "budgets_ms")
+    require_positive("timing", config.timing, "keep_exits batch repeats")
+    require_positive("drift", config.drift, "images")
+    require_positive("static", config.static, "widths")
+    require_not_negative("targets", targets, "drops")
+    require(targets.curve >= 2, "targets.curve", targets.curve, "at least 2 points")
+    expected = "numbers from 1 to 5"
+    require_all("drift", config.drift, "severities", lambda s: 1 <= s <= 5, expected)
+    expected = f"exits from 1 to {exits - 1}"
+    require_all("static", config.static, "exits", lambda e: 1 <= e < exits, expected)
+    certified = bool(guarantee.policies and guarantee.risks)
+    expected = "images to certify a risk with, 200 or more"
+    certify = config.data.certify
+    require(certify >= 1 or not certified, "data.certify", certify, expected)
+    expected = f"some of --policies: {', '.join(config.policies)}"
+    for section in ("guarantee", "timing", "drift"):
+        part = getattr(config, section)
+        require_all(section, part, "policies", lambda p: p in config.policies, expected)
