@@ -21,8 +21,9 @@ from eejax.network import EarlyExitNetwork, ExitOutput, Module, PyTree, Variable
 def from_linen(module: nn.Module) -> Module:
     """A Flax Linen module whose `__call__` takes `(*inputs, train)`, as a `Module`.
 
-    Of its collections `params` and `batch_stats` are carried. Equal modules give the same pair, by
-    which an executor sees that they can share a program (`compaction.runs`).
+    The collections `params` and `batch_stats` are kept; the key of a training step becomes the
+    stream `"dropout"`. Equal modules give the same pair, by which an executor sees that they can
+    share a program.
     """
     try:
         return _from_linen(module)
@@ -35,11 +36,16 @@ def _from_linen(module: nn.Module) -> Module:
     def init(key: Array, *inputs: Any) -> Variables:
         return module.init(key, *inputs, train=False)
 
-    def apply(variables: Variables, *inputs: Any, train: bool) -> tuple[Any, PyTree]:
+    def apply(
+        variables: Variables, *inputs: Any, train: bool, key: Array | None = None
+    ) -> tuple[Any, PyTree]:
         stats = variables.get("batch_stats", {})
+        rngs = None if key is None else {"dropout": key}
         if not (train and stats):
-            return module.apply(variables, *inputs, train=train), stats
-        outputs, updated = module.apply(variables, *inputs, train=True, mutable=["batch_stats"])
+            return module.apply(variables, *inputs, train=train, rngs=rngs), stats
+        outputs, updated = module.apply(
+            variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"]
+        )
         return outputs, updated["batch_stats"]
 
     return Module(init, apply)
@@ -104,9 +110,14 @@ def cut(
 
 
 def _says_nothing(
-    variables: Variables, features: PyTree, memory: PyTree, *, train: bool
+    variables: Variables,
+    features: PyTree,
+    memory: PyTree,
+    *,
+    train: bool,
+    key: Array | None = None,
 ) -> tuple[ExitOutput, PyTree]:
-    del variables, memory, train
+    del variables, memory, train, key
     nothing = jnp.zeros(jax.tree.leaves(features)[0].shape[0])
     return ExitOutput(nothing[:, None], nothing, ()), {}
 

@@ -47,8 +47,10 @@ def _hand_on_init(key: Array, images: PyTree) -> Variables:
     return {"params": {}}
 
 
-def _hand_on(variables: Variables, images: PyTree, *, train: bool) -> tuple[PyTree, PyTree]:
-    del train
+def _hand_on(
+    variables: Variables, images: PyTree, *, train: bool, key: Array | None = None
+) -> tuple[PyTree, PyTree]:
+    del train, key
     return images, variables.get("batch_stats", {})
 
 
@@ -61,14 +63,19 @@ def _head(member: EarlyExitNetwork) -> Module:
         return member.init(key, images)
 
     def apply(
-        variables: Variables, images: Array, memory: PyTree, *, train: bool
+        variables: Variables,
+        images: Array,
+        memory: PyTree,
+        *,
+        train: bool,
+        key: Array | None = None,
     ) -> tuple[ExitOutput, PyTree]:
         del memory
         if not train:
             logits = member.apply_plain(variables, images)
             gate = jnp.zeros(logits.shape[0], jnp.float32)
             return ExitOutput(logits, gate, ()), variables["batch_stats"]
-        outputs, stats = member.apply_all(variables, images, train=True)
+        outputs, stats = member.apply_all(variables, images, train=True, key=key)
         return ExitOutput(outputs.logits[-1], outputs.gate[-1], ()), stats
 
     return Module(init, apply)

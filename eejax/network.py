@@ -27,8 +27,10 @@ class Module(NamedTuple):
     Attributes:
       init: `init(key, *inputs) -> variables`, a plain nested dict with the collections
         `"params"` and, where there are running statistics, `"batch_stats"`.
-      apply: `apply(variables, *inputs, train) -> (outputs, batch_stats)`. With `train=True`
-        `batch_stats` are the statistics after this batch, otherwise those that came in.
+      apply: `apply(variables, *inputs, train, key=None) -> (outputs, batch_stats)`. With
+        `train=True`, `batch_stats` are the statistics after this batch, and `key` is a JAX key for
+        dropout and stochastic depth; with `train=False` the statistics are those that came in, and
+        `key` is None.
     """
 
     init: Callable[..., Variables]
@@ -99,26 +101,46 @@ class EarlyExitNetwork:
         return {c: {"stages": of_stages[c], "heads": of_heads[c]} for c in of_stages}
 
     def apply_stage(
-        self, variables: Variables, e: int, features: PyTree, *, train: bool = False
+        self,
+        variables: Variables,
+        e: int,
+        features: PyTree,
+        *,
+        train: bool = False,
+        key: Array | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """Stage e alone: `(features, batch_stats)` from what stage e - 1 put out."""
-        return self.stages[e].apply(part(variables, "stages", e), features, train=train)
+        """Runs stage e on the features of stage e - 1; returns `(features, batch_stats)`."""
+        return self.stages[e].apply(part(variables, "stages", e), features, train=train, key=key)
 
     def apply_head(
-        self, variables: Variables, e: int, features: PyTree, memory: PyTree, *, train: bool = False
+        self,
+        variables: Variables,
+        e: int,
+        features: PyTree,
+        memory: PyTree,
+        *,
+        train: bool = False,
+        key: Array | None = None,
     ) -> tuple[ExitOutput, PyTree]:
-        """Head e alone: `(ExitOutput, batch_stats)`; `memory` is head e - 1's, `()` at first."""
-        return self.heads[e].apply(part(variables, "heads", e), features, memory, train=train)
+        """Runs head e; `memory` is that of head e - 1, `()` for the first head.
+
+        Returns:
+          `(ExitOutput, batch_stats)`.
+        """
+        variables = part(variables, "heads", e)
+        return self.heads[e].apply(variables, features, memory, train=train, key=key)
 
     def apply_all(
-        self, variables: Variables, images: Array, *, train: bool = False
+        self, variables: Variables, images: Array, *, train: bool = False, key: Array | None = None
     ) -> tuple[ExitOutput, PyTree]:
-        """Every stage and every head, for training and for recording a trace.
+        """Runs every stage and every head, to train or to record a trace.
 
         Args:
           variables: what `init` returns.
           images: `[B, ...]`.
           train: use the batch's statistics and return updated running ones.
+          key: for dropout and stochastic depth in training; stage e draws from it with 2e folded
+            in, head e with 2e + 1.
 
         Returns:
           `ExitOutput` with logits stacked to `[E, B, C]`, gates to `[E, B]`, and a tuple of the E
@@ -127,9 +149,13 @@ class EarlyExitNetwork:
         outputs, stage_stats, head_stats = [], [], []
         features, memory = images, ()
         for e in range(self.num_exits):
-            features, stats = self.apply_stage(variables, e, features, train=train)
+            features, stats = self.apply_stage(
+                variables, e, features, train=train, key=_folded(key, 2 * e)
+            )
             stage_stats.append(stats)
-            output, stats = self.apply_head(variables, e, features, memory, train=train)
+            output, stats = self.apply_head(
+                variables, e, features, memory, train=train, key=_folded(key, 2 * e + 1)
+            )
             head_stats.append(stats)
             memory = output.memory
             outputs.append(output)
@@ -165,8 +191,10 @@ class EarlyExitNetwork:
         def init(key: Array, images: Array) -> Variables:
             return first.init(key, preprocess(images))
 
-        def apply(variables: Variables, images: Array, *, train: bool) -> tuple[PyTree, PyTree]:
-            return first.apply(variables, preprocess(images), train=train)
+        def apply(
+            variables: Variables, images: Array, *, train: bool, key: Array | None = None
+        ) -> tuple[PyTree, PyTree]:
+            return first.apply(variables, preprocess(images), train=train, key=key)
 
         return dataclasses.replace(self, stages=(Module(init, apply), *self.stages[1:]))
 
@@ -229,6 +257,10 @@ def _collected(each: Sequence[Variables]) -> dict[str, tuple]:
     return {c: tuple(v.get(c, {}) for v in each) for c in ("params", "batch_stats")}
 
 
+def _folded(key: Array | None, number: int) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, number)
+
+
 # Both are cached so that equal modules are merged to equal ones, in one network and in the next.
 @functools.cache
 def _in_turn(modules: tuple[Module, ...]) -> Module:
@@ -241,11 +273,13 @@ def _in_turn(modules: tuple[Module, ...]) -> Module:
             features, _ = module.apply(each[-1], features, train=False)
         return _collected(each)
 
-    def apply(variables: Variables, features: PyTree, *, train: bool) -> tuple[PyTree, PyTree]:
+    def apply(
+        variables: Variables, features: PyTree, *, train: bool, key: Array | None = None
+    ) -> tuple[PyTree, PyTree]:
         stats = []
         for i, module in enumerate(modules):
             own = {c: tree[i] for c, tree in variables.items()}
-            features, after = module.apply(own, features, train=train)
+            features, after = module.apply(own, features, train=train, key=_folded(key, i))
             stats.append(after)
         return features, tuple(stats)
 
@@ -268,10 +302,15 @@ def _without_memory(head: Module) -> Module:
         return head.init(key, features, memory)
 
     def apply(
-        variables: Variables, features: PyTree, memory: PyTree, *, train: bool
+        variables: Variables,
+        features: PyTree,
+        memory: PyTree,
+        *,
+        train: bool,
+        key: Array | None = None,
     ) -> tuple[ExitOutput, PyTree]:
         check(memory)
-        output, stats = head.apply(variables, features, memory, train=train)
+        output, stats = head.apply(variables, features, memory, train=train, key=key)
         check(output.memory)
         return output, stats
 

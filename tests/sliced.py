@@ -37,7 +37,7 @@ def linear_head(e):
         del memory
         return {"params": {"w": drawn(key, 0, features.shape[-1], CLASSES)}}
 
-    def apply(variables, features, memory, *, train):
+    def apply(variables, features, memory, *, train, key=None):
         del memory, train
         pooled = features.astype(jnp.float32).mean(tuple(range(1, features.ndim - 1)))
         logits = pooled @ variables["params"]["w"]
@@ -73,7 +73,7 @@ def convnet(dtype=jnp.float32):
         stats = {f"block{i}": {"mean": jnp.zeros(WIDTH)} for i in range(3)}
         return {"params": params, "batch_stats": {**stats, "steps": jnp.int32(0)}}
 
-    def apply(variables, images, *, train):
+    def apply(variables, images, *, train, key=None):
         params, before = variables["params"], variables["batch_stats"]
         x = conv(images.astype(dtype), params["stem"])
         after, kept = {"steps": before["steps"] + 1}, []
@@ -117,7 +117,7 @@ def dense_model(apply, *names, stats=()):
         params = {n: drawn(key, i, 4, 4) for i, n in enumerate(names)}
         return {"params": params, "batch_stats": {n: jnp.zeros(4) for n in stats}}
 
-    def with_stats(variables, x, *, train):
+    def with_stats(variables, x, *, train, key=None):
         out = apply(variables, x, train)
         return out if isinstance(out, tuple) else (out, variables["batch_stats"])
 

@@ -258,17 +258,28 @@ class Dropping(nn.Module):
         return nn.Dense(CLASSES, kernel_init=quick)(x)
 
 
-def test_dropout_has_no_key_in_training_unless_it_is_switched_off():
-    asks = cut_linen(Dropping(), ["first"], head, IMAGE)
-    variables = jax.jit(asks.init)(jax.random.key(0), images_of(1))
-    answer = jax.jit(asks.apply_plain)(variables, images_of(2))
-    with pytest.raises(Exception, match="dropout"):
-        asks.apply_all(variables, images_of(2), train=True)
+def last_logits(network):
+    """A function of variables, images and a key: the last exit's logits in training."""
+    return jax.jit(lambda v, x, key: network.apply_all(v, x, train=True, key=key)[0].logits[-1])
+
+
+def test_dropout_draws_from_the_key_of_its_stage_in_training():
+    network = cut_linen(Dropping(), ["first"], head, IMAGE)
+    variables = jax.jit(network.init)(jax.random.key(0), images_of(1))
+    train, key = last_logits(network), jax.random.key(5)
+    stage_key = jax.random.fold_in(key, 2)
+    expected = Dropping().apply(
+        whole(variables), images_of(8), True, rngs={"dropout": stage_key}, mutable=["batch_stats"]
+    )[0]
+    assert_close(train(variables, images_of(8), key), expected)
+    assert (train(variables, images_of(8), jax.random.key(6)) != expected).any()
+    with pytest.raises(ValueError, match="draws random numbers in training; give a key"):
+        network.apply_all(variables, images_of(2), train=True)
     quiet = cut_linen(
         Dropping(), ["first"], head, IMAGE, lambda m, x, train: m(x, train, deterministic=True)
     )
-    train = jax.jit(lambda v, x: quiet.apply_all(v, x, train=True)[0].logits[-1])
-    assert_close(train(variables, images_of(2)), answer)
+    plain = jax.jit(network.apply_plain)(variables, images_of(2))
+    assert_close(last_logits(quiet)(variables, images_of(2), None), plain)
 
 
 class Caching(nn.Module):
@@ -286,7 +297,7 @@ def test_other_collections_are_refused():
 def test_a_pair_of_functions_will_do_for_a_head():
     pair = Module(
         lambda key, features, memory: {"params": {}},
-        lambda variables, features, memory, train: (
+        lambda variables, features, memory, train, key=None: (
             ExitOutput(features[:, 0, 0, :CLASSES], features[:, 0, 0, 0], ()),
             {},
         ),
@@ -335,13 +346,18 @@ def test_an_nnx_network_starts_from_the_model_and_gives_back_what_it_learned(tmp
         update_nnx(model, other)
 
 
-def test_an_nnx_model_that_draws_dropout_is_refused_in_training():
+def test_dropout_of_an_nnx_model_draws_from_the_key_in_training():
     model = NnxResNet(nnx.Rngs(2), drop=0.5)
     network = cut_nnx(model, ["blocks/1"], head, IMAGE)
     variables = network.init(jax.random.key(0), images_of(1))
-    train = jax.jit(lambda v, x: network.apply_all(v, x, train=True)[0].logits)
+    train, images = last_logits(network), images_of(8)
+    first, again, other = (train(variables, images, jax.random.key(k)) for k in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    with pytest.raises(ValueError, match="draws random numbers in training; give a key"):
+        train(variables, images, None)
     with pytest.raises(ValueError, match="changes its RngCount drop/rngs/count"):
-        train(variables, images_of(2))
+        cut_nnx(model, ["blocks/1"], head, IMAGE, lambda m, x, train: (m.train(), m(x))[1])
 
     def quiet(m, x, train):
         del train
@@ -350,10 +366,7 @@ def test_an_nnx_model_that_draws_dropout_is_refused_in_training():
 
     network = cut_nnx(model, ["blocks/1"], head, IMAGE, quiet)
     same = cut_nnx(NnxResNet(nnx.Rngs(2)), ["blocks/1"], head, IMAGE)
-    both = [
-        jax.jit(lambda v, x, n=n: n.apply_all(v, x, train=True)[0].logits) for n in (network, same)
-    ]
-    assert_close(*(b(variables, images_of(2)) for b in both))
+    assert_close(*(last_logits(n)(variables, images, None) for n in (network, same)))
 
 
 def test_an_nnx_layer_that_is_shared_cannot_be_cut_between():
@@ -378,7 +391,7 @@ def test_plain_pairs_of_functions_are_stages_as_they_are():
         def init(key, features):
             return {"params": {"w": quick(key, (features.shape[-1], 4))}}
 
-        def apply(variables, features, *, train):
+        def apply(variables, features, *, train, key=None):
             return jnp.tanh(features @ variables["params"]["w"]) + nth, {}
 
         return Module(init, apply)

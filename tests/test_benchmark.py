@@ -22,7 +22,7 @@ def spends(clock, amount, head):
         clock[0] += amount
         return x
 
-    def apply(variables, x, memory=None, *, train):
+    def apply(variables, x, memory=None, *, train, key=None):
         del variables, train
         x = io_callback(spend, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
         if not head:

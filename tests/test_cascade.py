@@ -20,9 +20,9 @@ from eejax import (
     cond,
     geometric,
     keep_variables,
-    macs,
     max_prob,
     predictor,
+    xla_macs,
 )
 from eejax import trace as eejax_trace
 from eejax.backbone import from_linen
@@ -119,11 +119,11 @@ def test_it_is_trained_like_its_members_one_by_one():
 def test_leaving_costs_every_member_so_far_and_no_early_head():
     plain = [linen_network(4), linen_network(5, 6), linen_network(7, 8, 9)]
     network, image = cascade(plain), jax.ShapeDtypeStruct((1, toys.INPUTS), jnp.float32)
-    costs = macs(network, jax.eval_shape(network.init, jax.random.key(0), image), image)
+    costs = xla_macs(network, jax.eval_shape(network.init, jax.random.key(0), image), image)
     alone = []
     for member in plain:
         variables = jax.eval_shape(member.init, jax.random.key(0), image)
-        whole = macs(member, variables, image)
+        whole = xla_macs(member, variables, image)
         alone.append(whole.stages.sum() + whole.heads[-1])
     np.testing.assert_array_equal(costs.stages, 0)
     np.testing.assert_allclose(costs.heads, alone, rtol=1e-6)

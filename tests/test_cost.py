@@ -137,11 +137,11 @@ def test_networks_with_memory_and_nested_features_are_counted_without_being_run(
 def plain(apply):
     """A network of one stage without parameters, and a head that only shapes its answer."""
 
-    def head(variables, features, memory, *, train):
+    def head(variables, features, memory, *, train, key=None):
         del variables, memory, train
         return ExitOutput(features.reshape(len(features), -1), jnp.zeros(len(features)), ()), {}
 
-    stage = Module(lambda key, x: {}, lambda variables, x, *, train: (apply(x), {}))
+    stage = Module(lambda key, x: {}, lambda variables, x, *, train, key=None: (apply(x), {}))
     return EarlyExitNetwork((stage,), (Module(lambda *_: {}, head),))
 
 

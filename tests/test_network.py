@@ -129,7 +129,7 @@ def test_the_plain_network_does_not_pay_for_the_other_heads():
     assert operations(plain) == operations(alone) > 0
 
 
-def _nothing(variables, features, memory, train):
+def _nothing(variables, features, memory, *, train, key=None):
     del train
     zeros = jnp.zeros(len(features))
     return ExitOutput(zeros[:, None], zeros, ()), variables.get("batch_stats", {})
@@ -256,7 +256,7 @@ def _stage_init(key, features):
     return {"params": {"kernel": kernel}, "batch_stats": {"mean": jnp.zeros(toys.WIDTH)}}
 
 
-def _stage(variables, features, *, train):
+def _stage(variables, features, *, train, key=None):
     x = jnp.clip(features @ variables["params"]["kernel"], -8, 8)
     before = variables["batch_stats"]["mean"]
     after = (before + x.mean(0)) / 2 if train else before
@@ -268,7 +268,7 @@ def _head_init(key, features, memory):
     return {"params": {"kernel": toys.integers(key, features.shape[-1], toys.CLASSES)}}
 
 
-def _head(variables, features, memory, *, train):
+def _head(variables, features, memory, *, train, key=None):
     del memory, train
     logits = features @ variables["params"]["kernel"]
     return ExitOutput(logits, logits[:, 0], ()), {}
@@ -351,7 +351,7 @@ def test_a_head_is_not_kept_without_the_memory_that_it_reads():
     with pytest.raises(ValueError, match="takes or hands on memory"):
         jax.eval_shape(network.keeping([0, 3]).init, jax.random.key(0), images)
 
-    def hands_on(variables, features, memory, *, train):
+    def hands_on(variables, features, memory, *, train, key=None):
         output, stats = _head(variables, features, memory, train=train)
         return output._replace(memory=output.logits), stats
 

@@ -131,7 +131,7 @@ def test_statistics_of_another_structure_are_refused():
     ],
 )
 def test_variables_are_nested_dicts_of_two_collections(variables, message):
-    def apply(v, x, *, train):
+    def apply(v, x, *, train, key=None):
         return 2 * named(x + jax.tree.leaves(v)[0].sum(), "x"), {}
 
     with pytest.raises(ValueError, match=message):
@@ -239,7 +239,7 @@ def test_a_partitioned_model_is_cut_unboxed_as_the_page_says():
     model = Partitioned()
     pair = Module(
         lambda key, x: nn.unbox(model.init(key, x, False)),
-        lambda variables, x, train: (model.apply(variables, x, train), {}),
+        lambda variables, x, train, key=None: (model.apply(variables, x, train), {}),
     )
     network = cut_named(pair, [], linear_head, IMAGE)
     trained = jax.jit(lambda key: model.init(key, images_of(1), False))(jax.random.key(1))

@@ -49,7 +49,7 @@ def _first_stage(watch, dtype) -> Module:
         del features
         return {"params": {"kernel": integers(key, INPUTS, WIDTH)}}
 
-    def apply(variables, images, *, train):
+    def apply(variables, images, *, train, key=None):
         del train
         watch(0, images)
         x = images.astype(dtype) @ variables["params"]["kernel"].astype(dtype)
@@ -67,7 +67,7 @@ def _later_stage(watch, dtype) -> Module:
         del features
         return {"params": {"kernel": integers(key, WIDTH, WIDTH)}}
 
-    def apply(variables, features, *, train):
+    def apply(variables, features, *, train, key=None):
         del train
         grid, ticks = features["more"]
         watch(ticks[0], features["x"])
@@ -91,7 +91,7 @@ def _head(first: bool) -> Module:
             }
         }
 
-    def apply(variables, features, memory, *, train):
+    def apply(variables, features, memory, *, train, key=None):
         del train
         params = variables["params"]
         grid, ticks = features["more"]

@@ -1,9 +1,9 @@
-"""Adapters: modules that somebody already has, as the pairs of pure functions of `network`."""
+"""Flax Linen models, cut at named values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,11 +12,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from eejax.adapters import slicing
-from eejax.network import EarlyExitNetwork, Module, PyTree, Variables
-
-if TYPE_CHECKING:
-    pass
 from eejax.backbone import from_linen
+from eejax.network import EarlyExitNetwork, Module, PyTree, Variables
 
 
 def cut_linen(
@@ -32,8 +29,7 @@ def cut_linen(
     into `"intermediates"` by the path there, and `jax.ad_checkpoint.checkpoint_name` names anything
     else. Parts of what a submodule returns are `"path[0]"`, `"path['key']"` and so on.
 
-    No key for `"dropout"` comes here: in training a module that asks for one fails with Flax's own
-    message, unless `call` calls it with `deterministic=True`.
+    In training the module's random numbers come from the stream `"dropout"`.
 
     Args:
       module: the model; its own answer, logits `[B, C]`, is the last exit.
@@ -58,11 +54,16 @@ def cut_linen(
     def init(key: Array, images: Array) -> Variables:
         return module.init(key, images, False, method=call)
 
-    def apply(variables: Variables, images: Array, *, train: bool) -> tuple[Any, PyTree]:
+    def apply(
+        variables: Variables, images: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Any, PyTree]:
         stats = variables.get("batch_stats", {})
         mutable = ["intermediates", *(["batch_stats"] if train and stats else [])]
+        rngs = None if key is None else {"dropout": key}
         with nn.intercept_methods(tagged):
-            output, updated = module.apply(variables, images, train, method=call, mutable=mutable)
+            output, updated = module.apply(
+                variables, images, train, rngs=rngs, method=call, mutable=mutable
+            )
         sown: dict[str, Any] = flatten_dict(updated.get("intermediates", {}), sep="/")
         for path, values in sown.items():
             tag(values[0] if len(values) == 1 else values, path)

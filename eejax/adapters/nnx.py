@@ -30,7 +30,8 @@ def cut_nnx(
 
     What a submodule returns is named by its path, `"stem"` or `"blocks/2"`, as in `cut_linen`; so
     are the heads, which are Linen modules or pairs of functions. `Param` and `BatchStat` are
-    carried; all else that the model holds stays as it is now.
+    variables of the network; the random streams start from the key of each training step; all else
+    that the model holds is constant.
 
     Args:
       model: is copied and stays as it is; its own answer, logits `[B, C]`, is the last exit.
@@ -44,35 +45,44 @@ def cut_nnx(
       K + 1 exits. `init` gives the model's own variables to the stages and draws the heads'.
 
     Raises:
-      ValueError: as for `slicing.stages`; when trained, also a model that changes state of another
-        kind, as dropout does.
+      ValueError: as for `slicing.stages`; or if the model changes other state, or draws random
+        numbers in inference.
     """
     from flax import nnx  # takes a while to import, and only this needs it
 
-    definition, params, stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    kinds = nnx.Param, nnx.BatchStat, nnx.RngState
+    definition, params, stats, streams, rest = nnx.split(model, *kinds, ...)
+    constant = dict(nnx.to_flat_state(streams)) | dict(nnx.to_flat_state(rest))
     initial = nnx_variables(model)
 
     def init(key: Array, images: Array) -> Variables:
         del key, images
         return jax.tree.map(jnp.array, initial)  # a step may donate its copy
 
-    def apply(variables: Variables, images: Array, *, train: bool) -> tuple[Any, PyTree]:
+    def apply(
+        variables: Variables, images: Array, *, train: bool, key: Array | None = None
+    ) -> tuple[Any, PyTree]:
         before = variables.get("batch_stats", {})
-        own = _filled(params, variables["params"]), _filled(stats, before)
-        fresh = nnx.merge(definition, *own, jax.tree.map(lambda x: x, rest))
+        fresh = nnx.merge(
+            definition,
+            _filled(params, variables["params"]),
+            _filled(stats, before),
+            _reseeded(streams, key),
+            jax.tree.map(lambda x: x, rest),
+        )
         for path, part in list(nnx.iter_modules(fresh)):
             if path and callable(part):
                 part.__class__ = _tagging_class(type(part), "/".join(map(str, path)))
         fresh.train() if train else fresh.eval()
         output = call(fresh, images, train)
-        _, _, after, others = nnx.split(fresh, nnx.Param, nnx.BatchStat, ...)
-        kept = dict(nnx.to_flat_state(rest))
-        for path, state in nnx.to_flat_state(others):
-            if path in kept and state.get_value() is not kept[path].get_value():
+        _, _, after, drawn, others = nnx.split(fresh, *kinds, ...)
+        states = [*(nnx.to_flat_state(drawn) if key is None else ()), *nnx.to_flat_state(others)]
+        for path, state in states:
+            if path in constant and state.get_value() is not constant[path].get_value():
                 raise ValueError(
                     f"the model changes its {type(state).__name__} {'/'.join(map(str, path))}, and "
-                    "only Param and BatchStat are carried; switch off in `call` what does so "
-                    "(dropout, say)."
+                    "only Param and BatchStat are kept from one step to the next; switch off in "
+                    "`call` what changes it."
                 )
         return output, _with_strings(nnx.to_pure_dict(after)) if train else before
 
@@ -103,6 +113,19 @@ def update_nnx(model: nnx.Module, variables: Variables) -> None:
         own = nnx.state(model, of)
         new = _filled(own, found.get(collection, {}))
         nnx.update(model, jax.tree.map(lambda x, o: x.astype(o.dtype), new, own))
+
+
+def _reseeded(streams: Any, key: Array | None) -> Any:
+    """A copy of NNX random streams; with a key, each stream draws from it and its own number."""
+    leaves, structure = jax.tree.flatten(streams)
+    if key is not None:
+        leaves = [
+            jax.random.split(jax.random.fold_in(key, i), x.shape)
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            else x
+            for i, x in enumerate(leaves)
+        ]
+    return jax.tree.unflatten(structure, leaves)
 
 
 @functools.cache

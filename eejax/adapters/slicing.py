@@ -83,9 +83,14 @@ def on_value(head: Module) -> Module:
         return head.init(key, features[0], memory)
 
     def apply(
-        variables: Variables, features: PyTree, memory: PyTree, *, train: bool
+        variables: Variables,
+        features: PyTree,
+        memory: PyTree,
+        *,
+        train: bool,
+        key: Array | None = None,
     ) -> tuple[ExitOutput, PyTree]:
-        return head.apply(variables, features[0], memory, train=train)
+        return head.apply(variables, features[0], memory, train=train, key=key)
 
     return Module(init, apply)
 
@@ -95,9 +100,14 @@ def _no_variables(*_: Any) -> Variables:
 
 
 def _answer(
-    variables: Variables, logits: PyTree, memory: PyTree, *, train: bool
+    variables: Variables,
+    logits: PyTree,
+    memory: PyTree,
+    *,
+    train: bool,
+    key: Array | None = None,
 ) -> tuple[ExitOutput, PyTree]:
-    del memory, train
+    del memory, train, key
     if not isinstance(logits, Array) or logits.ndim != 2:
         found = jax.tree.map(kind, logits)
         raise ValueError(f"the model puts out {found}; cut one that puts out logits [B, C] alone.")
@@ -179,19 +189,24 @@ class _Model:
     def one_image(self) -> Array:
         return jnp.zeros((1, *self.image.shape), self.image.dtype)
 
-    def flat(self, leaves: Sequence[Array], images: Array, train: bool) -> tuple[PyTree, PyTree]:
+    def flat(
+        self, leaves: Sequence[Array], images: Array, key: Array, train: bool
+    ) -> tuple[PyTree, PyTree]:
         variables = jax.tree.unflatten(self.tree, leaves)
-        outputs, stats = self.module.apply(variables, images, train=train)
+        outputs, stats = self.module.apply(
+            variables, images, train=train, key=key if train else None
+        )
         return outputs, stats if train else {}
 
-    def trace(self, batch: Any, train: bool) -> Any:
+    def trace(self, batch: Any, train: bool, key: Array | None = None) -> Any:
         images = jax.ShapeDtypeStruct((batch, *self.image.shape), self.image.dtype)
-        return self.traced.trace(self.shapes, images, train=train)
+        key = jax.random.key(0) if key is None else key
+        return self.traced.trace(self.shapes, images, key, train=train)
 
     def trains(self) -> bool:
         try:
             self.trace(_BATCHES[0], True)
-        except Exception:  # for want of a key, say; whoever does not train need not hear of it
+        except Exception:  # a model that cannot train can still be cut for inference
             return False
         return True
 
@@ -212,11 +227,11 @@ class _Model:
         tracing.place_updates(other, self.owners, self.names)
         return [[0], *tracing.batch_axes(of, other, self.owners, _BATCHES)]
 
-    def slices(self, batch: Any, train: bool) -> tuple[tuple[Slice, ...], Any]:
+    def slices(self, batch: Any, train: bool, key: Array | None) -> tuple[tuple[Slice, ...], Any]:
         """Every stage's program for a batch size, and the structure of the model's outputs."""
-        traced = self.trace(batch, train)
-        key = id(traced.jaxpr)  # which is kept, and so stays its own
-        if key not in self.known:
+        traced = self.trace(batch, train, key)
+        number = id(traced.jaxpr)  # unique, since the program is kept
+        if number not in self.known:
             if train not in self.axes:
                 raise ValueError(
                     f"the model trains with {batch} images and does not with {_BATCHES[0]}, by "
@@ -230,8 +245,8 @@ class _Model:
                     f"with {batch} images other values cross the cuts than with {_BATCHES[0]}; cut "
                     "a model that computes alike for any number."
                 )
-            self.known[key] = traced.jaxpr, slices, jax.tree.structure(traced.out_info[0])
-        return self.known[key][1:]
+            self.known[number] = traced.jaxpr, slices, jax.tree.structure(traced.out_info[0])
+        return self.known[number][1:]
 
     def stage(self, k: int) -> Module:
         mine = [i for i, owner in enumerate(self.owners) if owner == k]
@@ -241,9 +256,11 @@ class _Model:
             values = self.tree.flatten_up_to(self.module.init(key, self.one_image()))
             return {"params": {}} | _nested((self.leaves[i], values[i]) for i in mine)
 
-        def apply(variables: Variables, features: PyTree, *, train: bool) -> tuple[PyTree, PyTree]:
+        def apply(
+            variables: Variables, features: PyTree, *, train: bool, key: Array | None = None
+        ) -> tuple[PyTree, PyTree]:
             given = [features] if k == 0 else [features[0], *features[1]]
-            slices, outputs = self.slices(given[0].shape[0], train)
+            slices, outputs = self.slices(given[0].shape[0], train, key)
             own = slices[k]
             axes = self.axes[train][k]
             if len(given) == len(axes):
@@ -253,8 +270,10 @@ class _Model:
                     f"{'features' if k else 'images'} {', '.join(map(kind, given))}; the model was "
                     f"cut for {', '.join(map(kind, own.features))}."
                 )
+            if own.random and key is None:
+                raise ValueError("the model draws random numbers in training; give a key.")
             read = [self.value(variables, i) for i in own.reads]
-            made = jaxpr_as_fun(own.run)(*read, *given)
+            made = jaxpr_as_fun(own.run)(*read, *([key] if own.random else []), *given)
             stats = variables.get("batch_stats", {})
             if own.updates:
                 split = len(made) - len(own.updates)

@@ -16,11 +16,12 @@ Atom = Var | Literal
 
 
 class Graph(NamedTuple):
-    """A function of variables and images, nested `jit`s inlined and names taken out.
+    """A function of variables, images and a key, nested `jit`s inlined and names taken out.
 
     Attributes:
       variables: one a leaf.
       images: the batch.
+      key: of the random numbers.
       constants: what the function closes over.
       equations: in the order of the program.
       outputs: the leaves of what it puts out.
@@ -31,6 +32,7 @@ class Graph(NamedTuple):
 
     variables: tuple[Var, ...]
     images: Var
+    key: Var
     constants: dict[Var, Any]
     equations: list[jex.JaxprEqn]
     outputs: list[Atom]
@@ -63,28 +65,32 @@ class Slice(NamedTuple):
     """One stage as a program.
 
     Attributes:
-      run: values of `reads`, then features, to features, then the values of `updates`.
+      run: values of `reads`, a key if `random`, and features, to features and the values of
+        `updates`.
       features: shape and dtype of each leaf that comes in.
       reads: variables by position.
       updates: variables that it owns and returns anew.
+      random: whether it draws random numbers.
     """
 
     run: jex.ClosedJaxpr
     features: tuple[Any, ...]
     reads: tuple[int, ...]
     updates: tuple[int, ...]
+    random: bool
 
 
 def graph(closed: jex.ClosedJaxpr, updated: Sequence[int]) -> Graph:
-    """The graph of a program of `(*variables, images) -> (*outputs, *updates)`.
+    """The graph of a program of `(*variables, images, key) -> (*outputs, *updates)`.
 
     Args:
       closed: as `jax.jit(...).trace(...).jaxpr` gives.
       updated: which variables its last outputs are.
     """
-    *variables, images = [Var(v.aval) for v in closed.jaxpr.invars]
-    found = Graph(tuple(variables), images, {}, [], [], {}, {}, {})
-    results = _inline(closed, [*variables, images], found)
+    inputs = [Var(v.aval) for v in closed.jaxpr.invars]
+    *variables, images, key = inputs
+    found = Graph(tuple(variables), images, key, {}, [], [], {}, {}, {})
+    results = _inline(closed, inputs, found)
     split = len(results) - len(updated)
     found.outputs.extend(results[:split])
     found.updates.update(zip(updated, results[split:], strict=True))
@@ -373,10 +379,11 @@ def _slice(
     equations |= {i for i, level in of.level.items() if level == k}
     reads = [i for i, v in enumerate(of.graph.variables) if v in met]
     constants = {v: x for v, x in of.graph.constants.items() if v in met}
+    random = of.graph.key in met
     updates = [i for i in of.graph.updates if owned[i] == k]
     program = jex.Jaxpr(
         list(constants),
-        [*(of.graph.variables[i] for i in reads), *features],
+        [*(of.graph.variables[i] for i in reads), *([of.graph.key] if random else []), *features],
         [*outputs, *(of.graph.updates[i] for i in updates)],
         [of.graph.equations[i] for i in sorted(equations)],
         debug_info=jex.DebugInfo("jit", f"stage_{k + 1}", None, None),
@@ -386,4 +393,5 @@ def _slice(
         tuple(v.aval for v in features),
         tuple(reads),
         tuple(updates),
+        random,
     )

@@ -92,14 +92,21 @@ def overhead_ms(subject: Subject, repeats: int) -> float:
     image = subject.images[:1]
     exits, classes = subject.scores.shape[1], _classes(subject)
 
-    def stage(variables: Variables, features: PyTree, *, train: bool) -> tuple[PyTree, PyTree]:
-        del variables, train
+    def stage(
+        variables: Variables, features: PyTree, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[PyTree, PyTree]:
+        del variables, train, key
         return features, {}
 
     def head(
-        variables: Variables, features: PyTree, memory: PyTree, *, train: bool
+        variables: Variables,
+        features: PyTree,
+        memory: PyTree,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
     ) -> tuple[ExitOutput, PyTree]:
-        del variables, memory, train
+        del variables, memory, train, key
         count = features.shape[0]
         return ExitOutput(jnp.zeros((count, classes)), jnp.zeros(count), ()), {}
 
