@@ -14,8 +14,9 @@ from eejax.inference.automatic import auto
 from eejax.inference.compaction import compact, loop, stack
 from eejax.inference.deadline import anytime
 from eejax.inference.dispatch import host
-from eejax.inference.executors import Prediction, cond, full
+from eejax.inference.executors import cond, full
 from eejax.inference.predictors import predictor, sharded
+from eejax.inference.step import Prediction
 from eejax.inference.streaming import rebatched, stream
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, keep_variables, normalise
 from eejax.policies import scheduler

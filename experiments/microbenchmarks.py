@@ -19,8 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from eejax import benchmark, compact, gate, loop, max_prob, stack
-from eejax.compiling import compiler_options
-from eejax.inference.predictors import bound
+from eejax.compiling import bound, compiler_options
 from eejax.models.isotropic import isotropic
 from eejax.models.layers import convolved, shifted
 from eejax.models.resnet import resnet

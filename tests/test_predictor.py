@@ -20,7 +20,7 @@ def counted():
     network = toys.shared_network(3)
     traced = []
 
-    def executor(network, policy, variables, thresholds, images, count):
+    def executor(network, policy, variables, thresholds, images, count=None):
         traced.append(images.shape[0])
         return compact(network, policy, variables, thresholds, images, count)
 
@@ -94,7 +94,7 @@ def test_warming_up_compiles_what_later_calls_need():
     network = toys.shared_network(3)
     traced = []
 
-    def executor(network, policy, variables, thresholds, images, count):
+    def executor(network, policy, variables, thresholds, images, count=None):
         kernel = variables["params"]["heads"][0]["gate"]
         traced.append((images.shape[0], isinstance(kernel, Tracer)))
         return full(network, policy, variables, thresholds, images, count)

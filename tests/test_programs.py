@@ -23,8 +23,9 @@ from eejax import (
     stack,
     stream,
 )
-from eejax.inference import dispatch, packing, streaming
-from eejax.inference.packing import Rows
+from eejax.inference import dispatch, streaming
+from eejax.inference.packing import Buffer
+from eejax.inference.step import Samples, bind_exits
 
 EXITS = 4
 LIMITS = ([1.0, 2.0, 0.0], [np.inf] * 3, [-np.inf] * 3)
@@ -110,23 +111,21 @@ def test_bfloat16_is_carried(kind):
 def test_the_programs_of_a_stream_and_of_the_host_lower_for_other_devices(platform):
     network = toys.shared_network(EXITS)
     variables = toys.variables(network, 1)
-    images, places = jnp.asarray(toys.some_images(0, 16)), jnp.arange(16, dtype=jnp.int32)
-    tiles = (8, 2)
-    queues = streaming._no_queues(network, gate, tiles, variables, images, places)
+    images, indices = jnp.asarray(toys.some_images(0, 16)), jnp.arange(16, dtype=jnp.int32)
+    samples = Samples(images, (), (), indices)
+    tiles, thresholds = (8, 2), jnp.zeros(EXITS - 1)
+    exits = bind_exits(network, gate, variables, thresholds)
+    queues = streaming._empty_queues(exits, tiles, samples)
 
-    def feed(queues, images, count, limits, flush):
-        return streaming._feed(
-            network, gate, tiles, variables, queues, images, places, count, limits, flush
-        )
+    def feed(queues, chunk, thresholds, flush):
+        exits = bind_exits(network, gate, variables, thresholds)
+        return streaming._feed(exits, tiles, queues, chunk, flush)
 
-    args = (queues, images, np.array([16], np.int32), jnp.zeros(EXITS - 1), True)
+    args = (queues, Buffer(samples, jnp.array([16], jnp.int32)), thresholds, True)
     assert jax.jit(feed).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
-    segment = packing.segments(network, variables)[0]
-    step, begin = dispatch._program(network, gate, 0, segment, jax.devices()[0], 8)
-    rows = Rows(images, (), (), places)
-    buffers = begin(rows)
-    args = (buffers, rows, jnp.int32(16), jnp.int32(0), jnp.int32(0), jnp.zeros(EXITS))
+    step, begin = dispatch._programs(exits[0], jax.devices()[0], 8)
+    args = (begin(samples), Buffer(samples, jnp.int32(16)), jnp.int32(0), thresholds)
     assert step.trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 

@@ -7,6 +7,7 @@ import pytest
 import toys
 
 from eejax import auto, benchmark, full, gate, predictor
+from eejax.inference import EXECUTORS
 
 THRESHOLDS = [2.0, 1.0, 0.0]
 
@@ -29,7 +30,7 @@ def choose(monkeypatch, batch, quickest, exits=4):
     return chosen, chosen.predict(thresholds, images), whole
 
 
-NAMES = ["plain network", "full", "cond", "compact", "host", "loop"]
+NAMES = ["plain network", *EXECUTORS, "host"]
 
 
 @pytest.mark.parametrize("name", ["plain network", "compact", "host", "loop"])

@@ -1,4 +1,4 @@
-"""Which executor is the quickest here: measured, for one network, policy, batch and device."""
+"""Chooses the fastest executor by measurement, for one network, policy, batch and device."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ import numpy as np
 from jax import Array
 
 from eejax import benchmark
-from eejax.inference import compaction
-from eejax.inference.compaction import compact, loop, stack
+from eejax.compiling import bound
+from eejax.inference import EXECUTORS, Prediction, compact, loop, predictor
+from eejax.inference.compaction import runs, stack
 from eejax.inference.dispatch import host
-from eejax.inference.executors import Prediction, cond, full
-from eejax.inference.predictors import bound, predictor
+from eejax.inference.step import check_images
 from eejax.network import EarlyExitNetwork, Variables
-from eejax.policies.base import Policy
+from eejax.policies.base import Policy, check_thresholds
+
+PLAIN = "plain network"
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What `auto` found.
+    """The result of `auto`.
 
     Attributes:
-      name: the quickest executor.
-      predict: it, `predict(thresholds, images) -> Prediction`.
+      name: the fastest executor.
+      predict: its `predict(thresholds, images) -> Prediction`.
       milliseconds: median time of each candidate for the batch, and of the plain network.
       explanation: the choice in words.
     """
@@ -48,62 +50,59 @@ def auto(
     *,
     repeats: int = 7,
 ) -> Selection:
-    """Compiles the executors that could be the quickest, times them in turn, and picks.
+    """Compiles the executors that could be the fastest, times them in turn, and picks one.
 
-    It depends on the network, on the policy and its thresholds, by the share of images that leaves
-    at each exit, on the batch and on the device, so it is measured with all of them: give images
-    that are like those to come, as many as a call will have.
+    The fastest depends on the network, on the share of images that leaves at each exit, on the
+    batch size and on the device. So give images like those to come, as many as a call will have.
+
+    `network`, `policy` and `variables` are those of `Executor`.
 
     Args:
-      network, policy, variables: as for `inference.full`.
       thresholds: E - 1.
       images: `[B, ...]` on the host.
       repeats: timed calls of each candidate, interleaved.
 
     Raises:
-      ValueError: no images, a wrong number of thresholds, or one that is NaN.
+      ValueError: if there are no images, if the number of thresholds is wrong, or one is NaN.
     """
-    batch = len(images)
-    size = 1 << max(batch - 1, 0).bit_length()
-    limits = jnp.asarray(thresholds if isinstance(thresholds, Array) else list(thresholds))
-    limits = limits.astype(jnp.float32)
-
-    def program(executor: Any, variables: Any = variables) -> Callable[..., Prediction]:
-        return predictor(network, policy, variables, executor, max_batch=size)
-
-    candidates = {"full": program(full), "cond": program(cond)}
-    if batch > 1:
-        candidates["compact"] = program(compact)
+    on_device = jnp.asarray(check_thresholds(thresholds, network.num_exits))
+    check_images(images)
+    size = 1 << (len(images) - 1).bit_length()
+    candidates: dict[str, Callable[..., Prediction]] = {}
+    for name, executor in EXECUTORS.items():
+        # A single image cannot be packed, and without equal stages `loop` is `compact`.
+        packs_one = len(images) == 1 and executor in (compact, loop)
+        loops_none = executor is loop and all(b - a == 1 for a, b in runs(network))
+        if not packs_one and not loops_none:
+            given = stack(network, variables) if executor is loop else variables
+            candidates[name] = predictor(network, policy, given, executor, max_batch=size)
+    if len(images) > 1:
         candidates["host"] = host(network, policy, variables, max_batch=size)
-        if any(b - a > 1 for a, b in compaction.runs(network)):
-            candidates["loop"] = program(loop, stack(network, variables))
-    found = candidates["full"](limits, images)  # refuses what does not fit
 
     def plain(variables: Variables, images: Array) -> Array:
         return network.apply_plain(variables, images).argmax(-1)
 
     whole = bound(plain, variables)
     calls: list[Callable[[], Any]] = [lambda: np.asarray(whole(images))]
-    calls += [functools.partial(p, limits, images) for p in candidates.values()]
+    calls += [functools.partial(predict, on_device, images) for predict in candidates.values()]
     medians = 1e3 * np.median(benchmark.paired_seconds(calls, repeats), axis=1)
-    times = dict(zip(["plain network", *candidates], medians.tolist(), strict=True))
+    times = dict(zip([PLAIN, *candidates], medians.tolist(), strict=True))
     name = min(candidates, key=lambda n: times[n])
-    return Selection(name, candidates[name], times, _explain(name, times, found, network))
+    exits = np.asarray(candidates[name](on_device, images).exits)
+    shares = np.bincount(exits, minlength=network.num_exits) / len(exits)
+    return Selection(name, candidates[name], times, _explain(name, times, shares, len(exits)))
 
 
-def _explain(
-    name: str, times: dict[str, float], found: Prediction, network: EarlyExitNetwork
-) -> str:
+def _explain(name: str, times: dict[str, float], shares: np.ndarray, batch: int) -> str:
     device = jax.devices()[0]
-    shares = np.bincount(np.asarray(found.exits), minlength=network.num_exits) / len(found.exits)
-    left = ", ".join(f"{100 * share:.0f} %" for share in shares)
     others = ", ".join(
         f"{n} {ms:.3g} ms" for n, ms in sorted(times.items(), key=lambda t: t[1]) if n != name
     )
     words = (
-        f"{name}: {times[name]:.3g} ms for {len(found.exits)} images on {device.platform} "
-        f"({device.device_kind}), against {others}. At these thresholds the exits take {left}."
+        f"{name}: {times[name]:.3g} ms for {batch} images on {device.platform} "
+        f"({device.device_kind}), against {others}. At these thresholds the exits take "
+        f"{', '.join(f'{100 * share:.0f} %' for share in shares)}."
     )
-    if times["plain network"] < times[name]:
-        words += " The plain network is quicker: here early exit does not pay."
+    if times[PLAIN] < times[name]:
+        words += " The plain network is faster: early exit does not pay here."
     return words

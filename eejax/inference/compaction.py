@@ -1,9 +1,8 @@
-"""Per-sample exit in one program: `compact` stage by stage, and `loop`, which compiles equal stages
-once. `packing` has the idea."""
+"""Per-sample exit in one program: `compact` runs stage by stage, and `loop` compiles equal stages
+once. `packing` has the algorithm for one stage."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,36 +10,49 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from eejax.inference.executors import Prediction
 from eejax.inference.packing import (
-    Answers,
-    Rows,
-    Run,
-    Segment,
-    alike,
-    check_tiles,
-    default_tiles,
-    empty,
-    empty_answers,
-    limits_of,
-    row_bytes,
-    segments,
-    stage,
-    work_off,
+    Buffer,
+    Targets,
+    choose_tiles,
+    empty_outputs,
+    empty_survivors,
+    run_stage,
 )
-from eejax.network import EarlyExitNetwork, PyTree, Variables, part
+from eejax.inference.step import (
+    Exit,
+    Prediction,
+    Samples,
+    bind_exits,
+    exit_step,
+    exit_variables,
+    output_shapes,
+    pad_batch,
+)
+from eejax.network import EarlyExitNetwork, PyTree, Variables
 from eejax.policies.base import Policy
 
 
 class Stacked(NamedTuple):
-    """Variables of a network whose equal stages are stacked, as `stack` makes them.
+    """Variables of a network whose equal stages are stacked, as `stack` returns them.
 
     Attributes:
-      runs: for each run of equal stages `(stage's, head's)` variables, leaves leading with the
-        stages of the run where it has more than one.
+      runs: `(stage's, head's)` variables of each run of equal stages; where a run has several
+        stages, leaves lead with them.
     """
 
     runs: tuple[tuple[Variables, Variables], ...]
+
+
+class Run(NamedTuple):
+    """Consecutive equal stages.
+
+    Attributes:
+      exit: the first exit; its variables are stacked if there are several.
+      length: number of stages.
+    """
+
+    exit: Exit
+    length: int
 
 
 def compact(
@@ -52,18 +64,20 @@ def compact(
     count: Any = None,
     tiles: tuple[int, ...] | None = None,
 ) -> Prediction:
-    """Every sample stops at its own exit, inside one program: tiles under `lax.while_loop`.
+    """Lets every sample leave at its own exit, in one program: tiles under `lax.while_loop`.
 
     XLA updates a loop's buffers in place, so nothing is copied but survivors.
 
+    Further arguments are those of `Executor`.
+
     Args:
-      network, policy, variables, thresholds, images, count: as for `inference.full`.
-      tiles: samples a tile, falling, each a divisor of the one before; default from B.
+      tiles: samples a tile, decreasing, each a divisor of the one before; default from B.
 
     Raises:
-      ValueError: tiles that are not so.
+      ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
-    return _packed(segments(network, variables), policy, thresholds, images, count, tiles)
+    exits = bind_exits(network, policy, variables, thresholds)
+    return _run([Run(exit, 1) for exit in exits], images, count, tiles)
 
 
 def loop(
@@ -79,23 +93,24 @@ def loop(
 
     Stages are equal if their modules and their heads' are, and their variables and features have
     the same shapes: the blocks of a ViT or of an isotropic network. A run is compiled once, however
-    deep it is, and works in one buffer; it ends when nobody is left. Stages without an equal
-    neighbour are run as `compact` runs them.
+    deep it is, and works in one buffer; it ends when no sample is active. Stages without an equal
+    neighbour run as in `compact`.
+
+    Further arguments are those of `compact`.
 
     Args:
-      network, policy, thresholds, images, count, tiles: as for `compact`.
-      variables: as `network.init` gives, or `stack(network, variables)`, which spares the program
+      variables: as `network.init` returns, or `stack(network, variables)`, which spares the program
         the stacking and an argument for every variable of every stage.
 
     Raises:
-      ValueError: tiles that are not as `compact` wants them.
+      ValueError: if `tiles` does not nest, or equal stages differ in shapes.
     """
     stacked = variables if isinstance(variables, Stacked) else stack(network, variables)
-    parts = [
-        Segment(network.stages[a], network.heads[a], each, a, b - a)
-        for (a, b), each in zip(runs(network), stacked.runs, strict=True)
+    groups = [
+        Run(Exit(network.stages[a], network.heads[a], policy, of_run, thresholds, a), b - a)
+        for (a, b), of_run in zip(runs(network), stacked.runs, strict=True)
     ]
-    return _packed(parts, policy, thresholds, images, count, tiles)
+    return _run(groups, images, count, tiles)
 
 
 def runs(network: EarlyExitNetwork) -> list[tuple[int, int]]:
@@ -103,119 +118,106 @@ def runs(network: EarlyExitNetwork) -> list[tuple[int, int]]:
 
     The first stage reads images and is always by itself.
     """
-    found = [(0, 1)]
+    groups = [(0, 1)]
+    modules = list(zip(network.stages, network.heads, strict=True))
     for e in range(1, network.num_exits):
-        start = found[-1][0]
-        both = network.stages[e], network.heads[e]
-        if start and both == (network.stages[start], network.heads[start]):
-            found[-1] = (start, e + 1)
+        start = groups[-1][0]
+        if start and modules[e] == modules[start]:
+            groups[-1] = (start, e + 1)
         else:
-            found.append((e, e + 1))
-    return found
+            groups.append((e, e + 1))
+    return groups
 
 
 def stack(network: EarlyExitNetwork, variables: Variables) -> Stacked:
-    """The variables of each run of equal stages along a new leading axis, for `loop`.
+    """Stacks the variables of each run of equal stages along a new leading axis, for `loop`.
 
     Raises:
-      ValueError: stages of one module whose variables differ in shape or dtype.
+      ValueError: if variables of stages with the same module differ in shape or dtype.
     """
     stacked = []
     for a, b in runs(network):
-        each = [(part(variables, "stages", e), part(variables, "heads", e)) for e in range(a, b)]
-        if b - a == 1:
-            stacked.append(each[0])
-            continue
-        shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), one) for one in each]
-        if any(shape != shapes[0] for shape in shapes):
+        group = [exit_variables(variables, e) for e in range(a, b)]
+        if not all(same_shapes(group[0], other) for other in group):
             raise ValueError(
                 f"stages {a + 1} to {b} are one module, but their variables differ in shape or "
                 "dtype; run such a network with `compact`."
             )
-        stacked.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+        several = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
+        stacked.append(group[0] if b - a == 1 else several)
     return Stacked(tuple(stacked))
 
 
-def _packed(
-    parts: Sequence[Segment],
-    policy: Policy,
-    thresholds: Array,
-    images: Array,
-    count: Any,
-    tiles: tuple[int, ...] | None,
+def _run(
+    groups: Sequence[Run], images: Array, count: Any, tiles: tuple[int, ...] | None
 ) -> Prediction:
-    batch = images.shape[0]
-    tiles = default_tiles(batch, row_bytes(parts[0], images)) if tiles is None else tiles
-    check_tiles(tiles)
+    """All stages of a network over a batch."""
+    batch, first = images.shape[0], groups[0].exit
+    tiles = choose_tiles(tiles, first, images)
     padded = -(-batch // tiles[-1]) * tiles[-1]
     tiles = tuple(size for size in tiles if size <= padded)
-    images = jnp.concatenate([images, jnp.zeros((padded - batch, *images.shape[1:]), images.dtype)])
-    waiting = Rows(images, (), policy.init(padded), jnp.arange(padded, dtype=jnp.int32))
-    wanted = jnp.asarray(batch if count is None else count, jnp.int32)
-    exits = parts[-1].start + parts[-1].length
-    limits = limits_of(thresholds)
-    answers = None
-    for segment in parts:
-        e = segment.start
-        run = stage(segment, policy, limits, exits)
-        # A policy is given a traced number only where it must be.
-        index = e if segment.length == 1 else jnp.int32(e)
-        shapes = jax.eval_shape(functools.partial(run, index), waiting, segment.first)
-        after, logits = shapes[:2]
-        if answers is None:
-            answers = empty_answers(logits, padded + tiles[0])
-        if segment.length > 1:
-            waiting, wanted, answers = _deep(run, segment, waiting, after, wanted, answers, tiles)
+    samples = Samples(
+        pad_batch(images, padded),
+        (),
+        first.policy.init(padded),
+        jnp.arange(padded, dtype=jnp.int32),
+    )
+    active = Buffer(samples, jnp.asarray(batch if count is None else count, jnp.int32))
+    outputs = empty_outputs(output_shapes(first, samples)[1], padded + tiles[0])
+    for exit, length in groups:
+        if length > 1:
+            active, outputs = _run_depth(exit, length, active, outputs, tiles)
+            continue
+        after, _ = output_shapes(exit, active.rows)
+        if same_shapes(after, active.rows) and not exit.is_last:
+            # In place: fresh memory costs more than a small stage.
+            survivors = Buffer(active.rows, jnp.int32(0))
         else:
-            # Fresh memory costs more than a small stage, so a buffer of the right shape is kept.
-            source, onward = waiting, None
-            if e < exits - 1:
-                source, onward = (
-                    (None, waiting) if alike(waiting, after) else (waiting, empty(after))
-                )
-            _, waiting, wanted, answers = work_off(
-                run, e, segment.variables, source, wanted, onward, jnp.int32(0), answers, tiles
-            )
-    assert answers is not None
-    # A slot that holds no answer is sent beyond the end, where a scatter drops it.
-    places = jnp.where(jnp.arange(len(answers.places)) < answers.count, answers.places, batch)
-    logits = jnp.zeros((batch, answers.logits.shape[1]), answers.logits.dtype)
-    logits = logits.at[places].set(answers.logits, mode="drop")
-    exits = jnp.zeros(batch, jnp.int32).at[places].set(answers.exits, mode="drop")
+            survivors = empty_survivors(exit, after, padded)
+        _, (active, outputs) = run_stage(exit, active, Targets(survivors, outputs), tiles)
+    results = outputs.rows
+    # Rows without a result are sent beyond the end, where a scatter drops them.
+    indices = jnp.where(jnp.arange(len(results.indices)) < outputs.count, results.indices, batch)
+    logits = jnp.zeros((batch, results.logits.shape[1]), results.logits.dtype)
+    logits = logits.at[indices].set(results.logits, mode="drop")
+    exits = jnp.zeros(batch, jnp.int32).at[indices].set(results.exits, mode="drop")
     return Prediction(logits.argmax(-1).astype(jnp.int32), exits, logits)
 
 
-def _deep(
-    run: Run,
-    segment: Segment,
-    waiting: Rows,
-    after: Rows,
-    wanted: Array,
-    answers: Answers,
-    tiles: tuple[int, ...],
-) -> tuple[Rows, Array, Answers]:
-    """A run of equal stages, depth by depth in the buffer that it reads."""
-    if not alike(waiting, after):
-        raise ValueError(
-            f"stages {segment.start + 1} to {segment.start + segment.length} are one module, but "
-            "features, memory or state change shape in it; run such a network with `compact`."
-        )
-    stop = segment.start + segment.length
+def _run_depth(
+    exit: Exit, length: int, active: Buffer, outputs: Buffer, tiles: Sequence[int]
+) -> tuple[Buffer, Buffer]:
+    """A run of equal stages as a loop over depth, in the buffer that it reads."""
+    start = exit.index
 
-    def more(carry: PyTree) -> Array:
-        return (carry[0] < stop) & (carry[2] > 0)
-
-    def deeper(carry: PyTree) -> PyTree:
-        e, waiting, wanted, answers = carry
-        # Once a depth, not once a tile.
+    def at(e: Any) -> Exit:
         variables = jax.tree.map(
-            lambda x: lax.dynamic_index_in_dim(x, e - segment.start, keepdims=False),
-            segment.variables,
+            lambda x: lax.dynamic_index_in_dim(x, e - start, keepdims=False), exit.variables
         )
-        _, waiting, wanted, answers = work_off(
-            run, e, variables, None, wanted, waiting, jnp.int32(0), answers, tiles
-        )
-        return e + 1, waiting, wanted, answers
+        return exit._replace(index=e, variables=variables)
 
-    carry = (jnp.int32(segment.start), waiting, wanted, answers)
-    return lax.while_loop(more, deeper, carry)[1:]
+    e = jnp.int32(start)
+    after = jax.eval_shape(lambda e, rows: exit_step(at(e), rows)[0], e, active.rows)
+    if not same_shapes(after, active.rows):
+        raise ValueError(
+            f"stages {start + 1} to {start + length} are one module, but features, memory or state "
+            "change shape in it; run such a network with `compact`."
+        )
+
+    def more(carry: tuple[Array, Buffer, Buffer]) -> Array:
+        return (carry[0] < start + length) & (carry[1].count > 0)
+
+    def deeper(carry: tuple[Array, Buffer, Buffer]) -> tuple[Array, Buffer, Buffer]:
+        e, active, outputs = carry
+        targets = Targets(Buffer(active.rows, jnp.int32(0)), outputs)
+        # Variables are sliced once a depth, not once a tile.
+        _, (active, outputs) = run_stage(at(e), active, targets, tiles)
+        return e + 1, active, outputs
+
+    return lax.while_loop(more, deeper, (jnp.int32(start), active, outputs))[1:]
+
+
+def same_shapes(a: PyTree, b: PyTree) -> bool:
+    """Whether two trees have the same structure, shapes and dtypes."""
+    a, b = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (a, b))
+    return a == b

@@ -2,7 +2,7 @@
 
 `host` does what `compact` does, tile by tile and with the same function, but Python is the loop.
 It is for devices on which loops are slow, and for feature maps so large that one program cannot
-hold all stages' buffers: a stage's buffer is given up as soon as the next one is full.
+hold the buffers of all stages: a stage's buffer is released as soon as the next one is full.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from eejax.compiling import bound
 from eejax.inference import packing
-from eejax.inference.executors import Prediction
-from eejax.inference.packing import Answers, Rows
-from eejax.inference.predictors import bound
+from eejax.inference.packing import Buffer, Targets
+from eejax.inference.step import (
+    Exit,
+    Prediction,
+    Samples,
+    bind_exits,
+    check_images,
+    output_shapes,
+    pad_batch,
+)
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies.base import Policy, check_thresholds
 
@@ -34,143 +42,120 @@ def host(
     max_batch: int = 256,
     devices: Sequence[Any] | None = None,
 ) -> Callable[[Iterable[float] | Array, Any], Prediction]:
-    """Per-sample exit with one program a stage and tile size, `predict(thresholds, images)`.
+    """Compiles per-sample exit as one program for each stage and tile size.
 
-    How many samples go on is read from the device only after other work has been given to it: a
-    batch is split into two groups for each device, and while the count of one is awaited the other
-    is computed.
+    The number of survivors is read from the device only after other work has been dispatched to it:
+    a batch is split into two groups for each device, and while the number of one is awaited the
+    other is computed.
+
+    `network`, `policy` and `variables` are those of `Executor`.
 
     Args:
-      network, policy, variables: as for `inference.full`.
-      tiles: samples a program, falling, each a divisor of the one before; default from `max_batch`.
+      tiles: samples a program, decreasing, each a divisor of the one before; default from
+        `max_batch`.
       max_batch: a larger batch is served in pieces of this size.
       devices: each serves a part of every batch; default one device.
 
     Returns:
-      A function of E - 1 thresholds and images `[B, ...]`, B >= 1, that returns NumPy arrays. It
-      raises ValueError for no images, a wrong number of thresholds, and one that is NaN.
+      `predict(thresholds, images) -> Prediction` of E - 1 thresholds and images `[B, ...]`, B >= 1,
+      in NumPy arrays. It raises ValueError if there are no images, if the number of thresholds is
+      wrong, or one is NaN.
 
     Raises:
-      ValueError: tiles that do not nest.
+      ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
     if tiles is not None:
         packing.check_tiles(tiles)
-    places = [jax.devices()[0]] if devices is None else list(devices)
-    parts = packing.segments(network, variables)
-    on_each = {
-        device: [
-            functools.cache(functools.partial(_program, network, policy, e, each, device))
-            for e, each in enumerate(parts)
-        ]
-        for device in places
+    devices = [jax.devices()[0]] if devices is None else list(devices)
+    exits = bind_exits(network, policy, variables, jnp.zeros(network.num_exits - 1))
+    programs = {
+        device: [functools.cache(functools.partial(_programs, exit, device)) for exit in exits]
+        for device in devices
     }
 
     @functools.cache
     def tiles_for(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
-        if tiles is not None:
-            return tiles
-        row = packing.row_bytes(parts[0], jax.ShapeDtypeStruct((1, *shape), dtype))
-        return packing.default_tiles(max_batch, row)
+        images = jax.ShapeDtypeStruct((max_batch, *shape), dtype)
+        return packing.choose_tiles(tiles, exits[0], images)
 
     integer = functools.cache(lambda value, device: jax.device_put(np.int32(value), device))
 
     def serve(
-        group: np.ndarray, device: Any, limits: Array, first: int
-    ) -> Iterator[Answers | None]:
-        """One group through all stages; pauses whenever the host would have to wait."""
+        group: np.ndarray, device: Any, thresholds: np.ndarray, first: int
+    ) -> Iterator[Buffer | None]:
+        """Runs one group through all stages; yields None whenever the host would have to wait."""
         count, tiles = len(group), tiles_for(group.shape[1:], group.dtype)
         # Powers of two, so that few shapes are ever compiled.
         padded = max(1 << (count - 1).bit_length(), tiles[-1])
-        padding = [(0, padded - count)] + [(0, 0)] * (group.ndim - 1)
-        rows = Rows(
-            jax.device_put(np.pad(group, padding), device),
-            (),
-            jax.device_put(policy.init(padded), device),
-            jax.device_put(np.arange(first, first + padded, dtype=np.int32), device),
-        )
-        wanted, answers = integer(count, device), None
-        limits = jax.device_put(limits, device)
-        for program_for in on_each[device]:
-            kept, onward = integer(0, device), None
-            done = 0
-            for size in _sizes(count, tiles):
-                step, begin = program_for(size)
-                if onward is None:
-                    onward, fresh = begin(rows)
-                    answers = fresh if answers is None else answers
-                onward, kept, answers = step(
-                    (onward, answers), rows, wanted, integer(done, device), kept, limits
-                )
-                done += size
-            rows, wanted = onward, kept
+        indices = np.arange(first, first + padded, dtype=np.int32)
+        samples = Samples(pad_batch(group, padded), (), policy.init(padded), indices)
+        active = Buffer(jax.device_put(samples, device), integer(count, device))
+        on_device = jax.device_put(thresholds, device)
+        outputs = None
+        for program_for in programs[device]:
+            sizes, start = _sizes(count, tiles), 0
+            targets = program_for(sizes[0])[1](active.rows)
+            if outputs is not None:
+                targets = targets._replace(outputs=outputs)
+            for size in sizes:
+                step, _ = program_for(size)
+                targets = step(targets, active, integer(start, device), on_device)
+                start += size
+            active, outputs = targets
             yield None
-            count = int(kept) if rows is not None else 0
+            count = 0 if active.rows is None else int(active.count)
             if not count:
                 break
-        yield answers
+        yield outputs
 
     def predict(thresholds: Iterable[float] | Array, images: Any) -> Prediction:
-        limits = packing.limits_of(jnp.asarray(check_thresholds(thresholds, network.num_exits)))
-        if len(images) == 0:
-            raise ValueError("a batch of no images; give at least one.")
-        found = []
+        checked = check_thresholds(thresholds, network.num_exits)
+        check_images(images)
+        outputs = []
         for start in range(0, len(images), max_batch):
             piece = np.asarray(images[start : start + max_batch])
             tiles = tiles_for(piece.shape[1:], piece.dtype)
-            share = max(-(-len(piece) // (2 * len(places))), tiles[-1])
+            share = max(-(-len(piece) // (2 * len(devices))), tiles[-1])
             share = -(-share // tiles[0]) * tiles[0] if share > tiles[0] else share
             under_way = collections.deque(
-                serve(piece[first : first + share], places[i % len(places)], limits, start + first)
-                for i, first in enumerate(range(0, len(piece), share))
+                serve(piece[a : a + share], devices[i % len(devices)], checked, start + a)
+                for i, a in enumerate(range(0, len(piece), share))
             )
             while under_way:
                 group = under_way.popleft()
-                answers = next(group)
-                if answers is None:
+                result = next(group)
+                if result is None:
                     under_way.append(group)
                 else:
-                    found.append(answers)
-        return _in_order(found, len(images))
+                    outputs.append(result)
+        return _in_order(outputs)
 
     return predict
 
 
-def _program(
-    network: EarlyExitNetwork,
-    policy: Policy,
-    e: int,
-    segment: packing.Segment,
-    device: Any,
-    size: int,
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """One tile of `size` through exit e, `step`; and the buffers that it writes into, `begin`."""
-    exits = network.num_exits
+def _programs(
+    exit: Exit, device: Any, size: int
+) -> tuple[Callable[..., Targets], Callable[..., Targets]]:
+    """`step`, which runs one tile of `size`, and `begin`, which makes the buffers it writes."""
 
     def step(
-        variables: Any,
-        buffers: tuple[Rows | None, Answers],
-        rows: Rows,
-        wanted: Array,
-        done: Array,
-        kept: Array,
-        limits: Array,
-    ) -> Any:
-        run = packing.stage(segment, policy, limits, exits)
-        onward, answers = buffers
-        return packing.take(run, e, variables, rows, wanted, done, onward, kept, answers, size)
+        variables: Any, targets: Targets, active: Buffer, start: Array, thresholds: Array
+    ) -> Targets:
+        here = exit._replace(variables=variables, thresholds=thresholds)
+        return packing.run_tile(here, active, start, targets, size)
 
-    def begin(variables: Any, rows: Rows) -> tuple[Rows | None, Answers]:
-        run = packing.stage(segment, policy, jnp.zeros(exits), exits)
-        after, logits = jax.eval_shape(functools.partial(run, e), rows, variables)[:2]
-        answers = packing.empty_answers(logits, len(rows.places) + size)
-        return (None if e == exits - 1 else packing.empty(after)), answers
+    def begin(variables: Any, samples: Samples) -> Targets:
+        after, logits = output_shapes(exit._replace(variables=variables), samples)
+        rows = len(samples.indices)
+        survivors = packing.empty_survivors(exit, after, rows)
+        return Targets(survivors, packing.empty_outputs(logits, rows + size))
 
-    variables = jax.device_put(segment.variables, device)
+    variables = jax.device_put(exit.variables, device)
     return bound(step, variables, donate_argnums=(1,)), bound(begin, variables)
 
 
 def _sizes(count: int, tiles: Sequence[int]) -> list[int]:
-    """Tile sizes that cover `count` rows: large ones while they are full, then smaller ones."""
+    """Tile sizes that cover `count` samples: large ones while they are full, then smaller ones."""
     sizes = []
     for size in tiles:
         full, count = divmod(count, size)
@@ -178,14 +163,10 @@ def _sizes(count: int, tiles: Sequence[int]) -> list[int]:
     return sizes + [tiles[-1]] * (count > 0)
 
 
-def _in_order(found: Sequence[Answers], batch: int) -> Prediction:
-    """Packed answers by their place in the batch."""
-    logits, exits = None, np.zeros(batch, np.int32)
-    for answers in found:
-        count = int(answers.count)
-        places = np.asarray(answers.places)[:count]
-        given = np.asarray(answers.logits)[:count]
-        logits = np.zeros((batch, given.shape[1]), given.dtype) if logits is None else logits
-        logits[places], exits[places] = given, np.asarray(answers.exits)[:count]
-    assert logits is not None
-    return Prediction(logits.argmax(-1).astype(np.int32), exits, logits)
+def _in_order(outputs: Sequence[Buffer]) -> Prediction:
+    """Results of all groups by position in the batch."""
+    groups = [[np.asarray(x)[: int(count)] for x in rows] for rows, count in outputs]
+    logits, exits, indices = (np.concatenate(parts) for parts in zip(*groups, strict=True))
+    order = np.argsort(indices)
+    logits = logits[order]
+    return Prediction(logits.argmax(-1).astype(np.int32), exits[order], logits)

@@ -1,49 +1,52 @@
-"""Compiled inference in which samples stop at their own exit.
+"""`full` and `cond`: executors that keep the batch together.
 
-An executor is a pure function `(network, policy, variables, thresholds, images, count) ->
-Prediction` that can be traced inside a caller's own `jax.jit`. Thresholds are arguments of the
-program: changing them compiles nothing. `predictor` wraps one for use from Python, with batches of
-any size; `sharded` gives each device of a mesh its share.
-
-| executor | granularity | how |
-|---|---|---|
-| `full` | none | every stage and head, then select: the baseline of correctness |
-| `cond` | whole batch | nested `lax.cond`, which goes on while a sample is undecided; for batch 1 |
-| `compaction.compact` | sample | tiles of samples in loops; who goes on is packed together |
-| `compaction.loop` | sample | the same, with equal stages as one `lax.while_loop` over depth |
-
-Three more are driven from the host: `dispatch.host`, `streaming.stream` and `deadline.anytime`;
-`selection.auto` picks. All agree with `routing.route`.
+They compute every sample at every exit that they run, and keep the logits of the exit that each
+sample took.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from eejax.network import EarlyExitNetwork, PyTree, Variables
+from eejax.inference.step import Exit, Prediction, Samples, bind_exits, exit_step
+from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies.base import Policy
 
 
-class Prediction(NamedTuple):
-    """What a batch was answered, and where; NumPy arrays where it comes from a `predictor`.
+class WholeBatch(NamedTuple):
+    """A batch between two exits.
 
     Attributes:
-      labels: `[B]` int32.
-      exits: `[B]` int32, 0-based.
-      logits: `[B, C]` float32, the policy's answer at that exit.
+      samples: all B samples, also those that left.
+      undecided: `[B]` bool, samples that have not left.
+      logits: `[B, C]` of the last exit that each sample reached; None before the first.
+      exits: `[B]` int32, that exit; None before the first.
     """
 
-    labels: Array | np.ndarray
-    exits: Array | np.ndarray
-    logits: Array | np.ndarray
+    samples: Samples
+    undecided: Array
+    logits: Any = None
+    exits: Any = None
 
 
-Executor = Callable[[EarlyExitNetwork, Policy, Any, Array, Array, Any], Prediction]
+def whole_batch(policy: Policy, images: Array, count: Any = None) -> WholeBatch:
+    """A batch before the first exit; arguments as for `Executor`."""
+    batch = images.shape[0]
+    undecided = jnp.ones(batch, bool) if count is None else jnp.arange(batch) < count
+    return WholeBatch(Samples(images, (), policy.init(batch)), undecided)
+
+
+def whole_batch_step(exit: Exit, batch: WholeBatch) -> WholeBatch:
+    """Runs one exit for all samples, and updates the results of those that are undecided."""
+    samples, logits, leaves = exit_step(exit, batch.samples)
+    undecided, exits = batch.undecided, jnp.full(len(logits), exit.index, jnp.int32)
+    if batch.logits is not None:
+        logits = jnp.where(undecided[:, None], logits, batch.logits)
+        exits = jnp.where(undecided, exits, batch.exits)
+    return WholeBatch(samples, undecided & ~leaves, logits, exits)
 
 
 def full(
@@ -54,31 +57,14 @@ def full(
     images: Array,
     count: Any = None,
 ) -> Prediction:
-    """Runs everything and selects afterwards: correct, and saves nothing.
-
-    Args:
-      network: E exits.
-      policy: what scores them.
-      variables: as `network.init` gives.
-      thresholds: `[E - 1]` float32.
-      images: `[B, ...]`.
-      count: how many of the images are wanted; the rest is padding whose answers mean nothing.
+    """Runs every exit and selects afterwards: the baseline of correctness, which saves nothing.
+    Arguments are those of `Executor`.
     """
     del count
-    chosen = None
-    for e, logits, stops in _exits(network, policy, variables, thresholds, images):
-        exits = jnp.full(logits.shape[0], e, jnp.int32)
-        if chosen is None:
-            chosen = (logits, exits, stops)
-        else:
-            before, exits_before, done = chosen
-            chosen = (
-                jnp.where(done[:, None], before, logits),
-                jnp.where(done, exits_before, exits),
-                done | stops,
-            )
-    assert chosen is not None
-    return _prediction(chosen[0], chosen[1])
+    batch = whole_batch(policy, images)
+    for exit in bind_exits(network, policy, variables, thresholds):
+        batch = whole_batch_step(exit, batch)
+    return _prediction(batch.logits, batch.exits)
 
 
 def cond(
@@ -89,55 +75,24 @@ def cond(
     images: Array,
     count: Any = None,
 ) -> Prediction:
-    """Goes on, for the whole batch, while any sample is undecided: nested `lax.cond`.
+    """Runs exits while any sample of the batch is undecided, by nested `lax.cond`.
 
-    Each sample's answer is the one of its own exit. Time is that of the last of them, so this is
-    for batch 1 and for small batches. Arguments as for `full`.
+    The time is that of the sample that leaves last, so this is for batch 1 and small batches.
+    Arguments are those of `Executor`.
     """
-    batch = images.shape[0]
-    last = network.num_exits - 1
+    exits = bind_exits(network, policy, variables, thresholds)
 
-    def go_on(e: int, carry: tuple[PyTree, PyTree, PyTree, Array, Any, Array]) -> PyTree:
-        features, memory, state, undecided, logits, exits = carry
-        features, _ = network.apply_stage(variables, e, features)
-        output, _ = network.apply_head(variables, e, features, memory)
-        answer, score, state = policy.step(output, state, e)
-        take = undecided if e == last else undecided & (score >= thresholds[e])
-        if e == 0 or batch == 1:
-            # Whoever comes here alone has no earlier answer to keep.
-            logits, exits = answer, jnp.full(batch, e, jnp.int32)
-        else:
-            logits = jnp.where(take[:, None], answer, logits)
-            exits = jnp.where(take, jnp.int32(e), exits)
-        if e == last:
-            return logits, exits
-        carry = (features, output.memory, state, undecided & ~take, logits, exits)
-        return lax.cond(carry[3].any(), lambda c: go_on(e + 1, c), lambda c: (c[4], c[5]), carry)
-
-    # A batch of one is wanted, or nobody would have called.
-    count = None if batch == 1 else count
-    undecided = jnp.ones(batch, bool) if count is None else jnp.arange(batch) < count
-    start = (images, (), policy.init(batch), undecided, None, jnp.zeros(batch, jnp.int32))
-    return _prediction(*go_on(0, start))
-
-
-def _exits(
-    network: EarlyExitNetwork,
-    policy: Policy,
-    variables: Variables,
-    thresholds: Array,
-    images: Array,
-) -> Iterable[tuple[int, Array, Array]]:
-    """Every exit in turn: its index, the policy's answer `[B, C]`, and who stops `[B]`."""
-    outputs, _ = network.apply_all(variables, images)
-    state = policy.init(images.shape[0])
-    for e in range(network.num_exits):
-        output = outputs._replace(
-            logits=outputs.logits[e], gate=outputs.gate[e], memory=outputs.memory[e]
+    def run(e: int, batch: WholeBatch) -> tuple[Array, Array]:
+        batch = whole_batch_step(exits[e], batch)
+        if exits[e].is_last:
+            return batch.logits, batch.exits
+        return lax.cond(
+            batch.undecided.any(), lambda b: run(e + 1, b), lambda b: (b.logits, b.exits), batch
         )
-        logits, score, state = policy.step(output, state, e)
-        last = e == network.num_exits - 1
-        yield e, logits, jnp.ones(score.shape, bool) if last else score >= thresholds[e]
+
+    # With batch size 1 the single image is always valid.
+    count = None if images.shape[0] == 1 else count
+    return _prediction(*run(0, whole_batch(policy, images, count)))
 
 
 def _prediction(logits: Array, exits: Array) -> Prediction:

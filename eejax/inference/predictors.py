@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from eejax.compiling import bound
-from eejax.inference.executors import Executor, Prediction
+from eejax.inference.step import Executor, Prediction, check_images, pad_batch
 from eejax.network import EarlyExitNetwork
 from eejax.policies.base import Policy, check_thresholds
 
@@ -25,12 +25,12 @@ def sharded(executor: Executor, mesh: Mesh, axis: str = "data") -> Executor:
     is collective. (Under a plain sharded `jit` a condition would be that of the whole batch.)
 
     Args:
-      executor: `full`, `cond`, `compact` or `loop`.
+      executor: one of `EXECUTORS`.
       mesh: devices.
       axis: the mesh's axis that the batch is split over; variables and thresholds are replicated.
 
     Raises:
-      ValueError: an axis that the mesh does not have.
+      ValueError: if the mesh has no such axis.
     """
     if axis not in mesh.shape:
         raise ValueError(f"axis {axis!r} of a mesh with {tuple(mesh.shape)}; give one of them.")
@@ -46,32 +46,32 @@ def sharded(executor: Executor, mesh: Mesh, axis: str = "data") -> Executor:
     ) -> Prediction:
         batch = images.shape[0]
         share = -(-batch // devices)
-        padding = [(0, share * devices - batch)] + [(0, 0)] * (images.ndim - 1)
 
-        def on_one(variables: Any, thresholds: Array, images: Array, count: Array) -> Prediction:
-            mine = jnp.clip(count - share * lax.axis_index(axis).astype(jnp.int32), 0, share)
-            return executor(network, policy, variables, thresholds, images, mine)
+        def run_share(variables: Any, thresholds: Array, images: Array, count: Array) -> Prediction:
+            count = jnp.clip(count - share * lax.axis_index(axis).astype(jnp.int32), 0, share)
+            return executor(network, policy, variables, thresholds, images, count)
 
         split, whole = PartitionSpec(axis), PartitionSpec()
-        everywhere = jax.shard_map(
-            on_one,
+        run_all = jax.shard_map(
+            run_share,
             mesh=mesh,
             in_specs=(whole, whole, split, whole),
             out_specs=split,
-            # A loop's carry begins with the same zeros everywhere and differs afterwards, which
-            # the check would want spelled out at each of them.
+            # A loop's carry begins with the same zeros on every device and differs afterwards; the
+            # check would want that spelled out for each of them.
             check_vma=False,
         )
-        wanted = jnp.asarray(batch if count is None else count, jnp.int32)
-        found = everywhere(variables, jnp.asarray(thresholds), jnp.pad(images, padding), wanted)
-        return jax.tree.map(lambda x: x[:batch], found)
+        count = jnp.asarray(batch if count is None else count, jnp.int32)
+        images = pad_batch(images, share * devices)
+        prediction = run_all(variables, jnp.asarray(thresholds), images, count)
+        return jax.tree.map(lambda x: x[:batch], prediction)
 
     return run
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """What `predictor` makes: `predict(thresholds, images) -> Prediction`.
+    """The result of `predictor`: `predict(thresholds, images) -> Prediction`.
 
     Attributes:
       max_batch: images in the largest program.
@@ -82,54 +82,49 @@ class Predictor:
     exits: int
     _compiled: Callable[[Array, Any, Any], Prediction]
     # What does not change from call to call is kept on the device: counts, and the thresholds of
-    # the last call if they were an array of JAX, which nobody can change in place.
+    # the last call if they were a JAX array, which cannot be changed in place.
     _counts: dict[int, Array] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     _last: list[Array] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     def __call__(self, thresholds: Iterable[float] | Array, images: Any) -> Prediction:
-        """Answers images `[B, ...]`, any B >= 1, in NumPy arrays.
+        """Predicts images `[B, ...]`, any B >= 1; returns NumPy arrays.
 
         Args:
           thresholds: E - 1.
           images: on the host, or on the device in sizes that are powers of two.
 
         Raises:
-          ValueError: no images, a wrong number of thresholds, or one that is NaN.
+          ValueError: if there are no images, if the number of thresholds is wrong, or one is NaN.
         """
-        limits = self._on_device(thresholds)
+        on_device = self._on_device(thresholds)
+        check_images(images)
         total = len(images)
-        if total == 0:
-            raise ValueError("a batch of no images; give at least one.")
         if total <= self.max_batch:
-            answered = self._dispatch(limits, images, total)
-            answered = Prediction(*map(np.asarray, answered))
-            if len(answered.labels) == total:
-                return answered
-            return Prediction(*(part[:total] for part in answered))
-        # All are under way before the first is waited for.
-        pieces = []
-        for start in range(0, total, self.max_batch):
-            piece = images[start : start + self.max_batch]
-            pieces.append(self._dispatch(limits, piece, len(piece)))
-        done = [Prediction(*map(np.asarray, piece)) for piece in pieces]
-        whole = [np.concatenate(parts) for parts in zip(*done, strict=True)]
-        return Prediction(*(part[:total] for part in whole))
+            prediction = Prediction(*map(np.asarray, self._dispatch(on_device, images)))
+        else:
+            # All pieces are dispatched before the first is waited for.
+            pieces = [
+                self._dispatch(on_device, images[start : start + self.max_batch])
+                for start in range(0, total, self.max_batch)
+            ]
+            prediction = Prediction(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+        if len(prediction.labels) == total:
+            return prediction
+        return Prediction(*(x[:total] for x in prediction))
 
-    def _dispatch(self, limits: Array, images: Any, count: int) -> Prediction:
-        if count & (count - 1):
-            size = 1 << count.bit_length()
-            padding = [(0, size - count)] + [(0, 0)] * (images.ndim - 1)
-            images = (jnp if isinstance(images, Array) else np).pad(images, padding)
+    def _dispatch(self, thresholds: Array, images: Any) -> Prediction:
+        count = len(images)
         if count not in self._counts:
             self._counts[count] = jnp.int32(count)
-        return self._compiled(limits, images, self._counts[count])
+        images = pad_batch(images, 1 << (count - 1).bit_length())
+        return self._compiled(thresholds, images, self._counts[count])
 
     def warm_up(self, image: Any, batches: Iterable[int]) -> None:
-        """Compiles ahead of time what these batch sizes need, and runs it once.
+        """Compiles the programs for these batch sizes, and runs each once.
 
         Args:
-          image: one image; its shape `[...]` and dtype count.
-          batches: sizes, as later calls will have them.
+          image: one image `[...]`, for its shape and dtype.
+          batches: sizes of later calls.
         """
         for batch in batches:
             images = np.zeros((batch, *image.shape), image.dtype)
@@ -152,30 +147,30 @@ def predictor(
     *,
     max_batch: int = 256,
 ) -> Predictor:
-    """A compiled executor for batches of any size, `predict(thresholds, images)`.
+    """Compiles an executor for batches of any size, `predict(thresholds, images)`.
 
     A batch is padded to the next power of two, and one above `max_batch` is served in pieces of
-    that size, so that at most `log2(max_batch) + 1` programs are ever compiled, whatever arrives.
-    The padding costs no stage in `compact` and decides nothing in `cond`.
+    that size, so that at most `log2(max_batch) + 1` programs are ever compiled. The padding costs
+    no stage in `compact` and decides nothing in `cond`.
 
-    The variables become constants of the programs, up to 64 MiB of them: handing over a few hundred
+    Variables become constants of the programs, up to 64 MiB of them: dispatching a few hundred
     arrays takes longer than the smallest network's first stage. Larger ones stay arguments, kept on
     the device.
 
-    It waits for the answers and hands them over as NumPy arrays: cutting the padding off on the
-    device would compile a program for each new size, which takes longer than most batches. Images
-    that are on the device already are padded there, at that price. Whoever wants to go on on the
-    device compiles an executor directly.
+    Results are waited for and returned as NumPy arrays: cutting the padding off on the device would
+    compile a program for each new size, which takes longer than most batches. Images that are on
+    the device are padded there, at that price. To keep results on the device, jit an executor
+    directly.
+
+    `network` and `policy` are those of `Executor`.
 
     Args:
-      network: E exits.
-      policy: what scores them.
-      variables: as `network.init` gives, or what else the executor takes.
-      executor: `full`, `cond`, `compact`, `loop`, or one of them `sharded`.
-      max_batch: the largest program, a power of two.
+      variables: as the executor takes them.
+      executor: one of `EXECUTORS`, or one of them `sharded`.
+      max_batch: size of the largest program, a power of two.
 
     Raises:
-      ValueError: `max_batch` is no power of two.
+      ValueError: if `max_batch` is not a power of two.
     """
     if max_batch < 1 or max_batch & (max_batch - 1):
         raise ValueError(f"max_batch is {max_batch}; give a power of two.")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eejax import benchmark
-from eejax.inference.executors import Executor
+from eejax.inference import Executor
 from eejax.inference.predictors import predictor
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies.base import Policy

@@ -11,8 +11,7 @@ import numpy as np
 from jax import Array
 
 import eejax
-from eejax.inference import compaction
-from eejax.inference.executors import Executor
+from eejax.inference import Executor, compaction
 from eejax.inference.predictors import Predictor
 from experiments.latency.flags import tiles_of
 from experiments.latency.subject import Subject
