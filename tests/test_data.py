@@ -130,7 +130,7 @@ def test_no_image_is_in_two_splits():
 
     ds = data.load(DIGITS, SEED)
     pixels, targets = load_digits(return_X_y=True)
-    whole = data.Split(np.rint(pixels * 255 / 16).astype(np.uint8), targets)
+    whole = data.Split(np.rint(pixels * 255 / 16).astype(np.uint8), np.asarray(targets))
     # As multisets: had one image been used twice, another one would be missing.
     assert rows(*(getattr(ds, name) for name in SPLITS)) == rows(whole)
 

@@ -6,32 +6,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from eejax.policies import POLICIES
 from experiments.checks import require, require_all, require_not_negative, require_positive
 from experiments.cifar.config import Config
 from experiments.cifar.config import check as check_run
 from experiments.data.config import DataConfig
+from experiments.evaluate.config import PolicyName
 from experiments.train.config import NetworkConfig, TrainConfig
 
 Regime = Literal["joint", "soft_literal", "soft_auxiliary", "soft_mixture"]
-PolicyName = Literal[
-    "max_prob",
-    "entropy",
-    "margin",
-    "gate",
-    "patience",
-    "vote",
-    "mean_of_experts",
-    "product_of_experts",
-    "ztw",
-    "scheduler",
-    "fixed",
-    "random",
-]
-POLICY_NAMES: tuple[PolicyName, ...] = PolicyName.__args__  # type: ignore[attr-defined]
 Loss = Literal["disagreement", "error"]
 Method = Literal["crc", "betting", "hoeffding_bentkus"]
-Path = Literal["shared", "per exit"]
-Corruption = Literal["noise", "blur", "contrast"]
 
 
 @dataclass(frozen=True)
@@ -62,9 +47,13 @@ class GuaranteeConfig:
     """Epsilon: the risk that is to hold on new data."""
     losses: tuple[Loss, ...] = ("disagreement",)
     """disagreement: another answer than the last exit's. error: a wrong answer."""
-    methods: tuple[Method, ...] = ("crc", "betting", "hoeffding_bentkus")
+    methods: tuple[Method, ...] = (
+        "crc",
+        "betting",
+        "hoeffding_bentkus",
+    )
     """Conformal risk control (on average), or a bound that holds but for delta of the draws."""
-    paths: tuple[Path, ...] = ("shared", "per exit")
+    paths: tuple[Literal["shared", "per exit"], ...] = ("shared", "per exit")
     """One threshold for all exits, or one for each."""
     delta: float = 0.1
     """How often a bound may fail, over draws of the certification split."""
@@ -105,7 +94,7 @@ class DriftConfig:
 
     policies: tuple[PolicyName, ...] = ("max_prob",)
     """Policies that are tried on them."""
-    kinds: tuple[Corruption, ...] = ("noise", "blur", "contrast")
+    kinds: tuple[Literal["noise", "blur", "contrast"], ...] = ("noise", "blur", "contrast")
     """Corruptions."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     """How strong, from 1 to 5."""
@@ -122,7 +111,7 @@ class Comparison:
     regimes: tuple[Regime, ...] = ("joint", "soft_auxiliary")
     """Losses that early-exit networks are trained with. The first one, with the first policy, is
     what the others are compared with."""
-    policies: tuple[PolicyName, ...] = POLICY_NAMES
+    policies: tuple[PolicyName, ...] = tuple(POLICIES)
     """Policies. The gate takes part only where the loss trains it."""
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -161,7 +150,8 @@ def check(config: Comparison) -> None:
     require(exits >= 2, "network.exits", config.network.exits, expected)
     first = config.policies[0]
     expected = "another first: it is what others are compared to"
-    require(first not in ("gate", "fixed", "random"), "policies", first, expected)
+    baseline = first in ("fixed", "random")
+    require(not baseline and not POLICIES[first].needs_gate, "policies", first, expected)
     for section, part, fields in (
         ("targets", targets, "budgets"),
         ("guarantee", guarantee, "budgets risks delta"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from eejax.policies import POLICIES
 from experiments.checks import require, require_all, require_not_negative, require_positive
 
-PolicyName = Literal["max_prob", "entropy", "margin", "gate"]
+if TYPE_CHECKING:
+    PolicyName = str
+else:
+    PolicyName = Literal[tuple(POLICIES)]
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,7 @@ def check(
     require_all("policies", policies, "budgets", lambda budget: 0 < budget <= 1, fraction)
     require_not_negative("policies", policies, "drops")
     require(policies.curve >= 2, "policies.curve", policies.curve, "at least 2 points")
-    require(
-        trains_gate or inference.policy != "gate",
-        "inference.policy",
-        inference.policy,
-        "another, because the regime trains no gate",
-    )
+    policy, expected = inference.policy, "another, because the regime trains no gate"
+    usable = trains_gate or not POLICIES[policy].needs_gate
+    require(usable, "inference.policy", policy, expected)
     require_positive("inference", inference, "batch repeats budget")

@@ -8,13 +8,18 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 
 from eejax.models import FAMILIES
 from eejax.network import EarlyExitNetwork
 from experiments.checks import require, require_all, require_not_negative, require_positive
+
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]
 
 RegimeName = Literal["joint", "soft_literal", "soft_auxiliary", "soft_mixture"]
 
@@ -23,10 +28,9 @@ RegimeName = Literal["joint", "soft_literal", "soft_auxiliary", "soft_mixture"]
 class NetworkConfig:
     """The backbone, and where its exits are."""
 
-    name: str = "fast"
+    name: FamilyName = "fast"
     """Family: `fast` (five blocks, for CPUs), `resnet` (He et al., 2016, depth 6n + 2), `isotropic`
-    (equal blocks on patches of 4x4 pixels), or another of docs/models.md: resnet_imagenet, vgg,
-    wideresnet, mobilenet, efficientnet, densenet, msdnet, vit, alexnet, lenet."""
+    (equal blocks on patches of 4x4 pixels), or another of docs/models.md."""
     depth: int | None = None
     """resnet: number of layers, 6n + 2; isotropic: number of blocks; and so on. Default: the
     family's own."""
