@@ -5,6 +5,7 @@ stop (`policies`); thresholds come from a held-out trace (`routing`, `thresholds
 stops every sample at its own exit (`inference`).
 """
 
+from eejax import training
 from eejax.benchmark import seconds
 from eejax.cascades import cascade, cascade_variables
 from eejax.cost import Costs, macs, xla_macs
@@ -31,7 +32,6 @@ from eejax.selection.guarantees import certify, control_risk
 from eejax.selection.placement import choose_exits
 from eejax.selection.thresholds import Choice, for_budget, for_drop, geometric
 from eejax.trace import Trace, collect, read_trace, recorded, save_trace
-from eejax.training import losses
 
 __version__ = "0.1.0"
 
@@ -69,7 +69,6 @@ __all__ = [
     "host",
     "keep_variables",
     "loop",
-    "losses",
     "macs",
     "margin",
     "max_prob",
@@ -93,6 +92,7 @@ __all__ = [
     "stack",
     "stream",
     "thresholds",
+    "training",
     "vote",
     "with_temperatures",
     "xla_macs",

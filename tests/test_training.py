@@ -20,7 +20,7 @@ from eejax.backbone import cut
 from eejax.models.heads import Head
 from eejax.models.layers import Norm
 from eejax.network import normalise
-from eejax.training import losses
+from eejax.training import REGIMES, RegimeOptions
 from experiments.data.splits import Split
 from experiments.train import loop
 
@@ -41,10 +41,27 @@ OPTIMISER = optax.sgd(0.1, momentum=0.9)
 KEY = jax.random.key(5)
 
 
-def objective(loss=losses.soft_auxiliary, cost_weight=0.1):
-    return training.Objective(
-        loss, jnp.ones(3), cost_weight, jnp.array([0.3, 0.6, 1.0]), label_smoothing=0.1
+def phases(regime="soft_auxiliary", cost_weight=0.1):
+    options = RegimeOptions(jnp.ones(3), cost_weight, jnp.array([0.3, 0.6, 1.0]))
+    return REGIMES[regime].phases(options)
+
+
+def make_steps(augment, optimiser=OPTIMISER):
+    return training.make_train_steps(
+        NETWORK,
+        lambda count: optimiser,
+        phases(),
+        augment,
+        steps=12,
+        classes=CLASSES,
+        label_smoothing=0.1,
     )
+
+
+def make_step(regime="soft_auxiliary", cost_weight=0.1):
+    (phase,) = phases(regime, cost_weight)
+    step = training.make_train_step(NETWORK, OPTIMISER, phase, classes=CLASSES, label_smoothing=0.1)
+    return jax.jit(step)
 
 
 def made_split(count=64) -> Split:
@@ -76,7 +93,7 @@ def same(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def train_steps():
-    return training.make_train_steps(NETWORK, OPTIMISER, objective(), flip)
+    return make_steps(flip)
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +117,14 @@ def run(train_steps):
     return go
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [losses.joint, losses.soft_literal, losses.soft_auxiliary, losses.soft_mixture],
-    ids=lambda f: f.__name__,
-)
-def test_every_loss_learns_an_easy_task(loss):
-    step = jax.jit(training.make_train_step(NETWORK, OPTIMISER, objective(loss, 0.0)))
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_learns_an_easy_task(regime):
+    step = make_step(regime, 0.0)
     state, split = fresh(), made_split()
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
-    state, first = step(state, images, labels)
+    state, first = step(state, images, labels, KEY)
     for _ in range(29):
-        state, metrics = step(state, images, labels)
+        state, metrics = step(state, images, labels, KEY)
     assert float(metrics.loss) < 0.6 * float(first.loss)
     assert int(metrics.correct[-1]) >= 60
     assert int(state.step) == 30
@@ -122,11 +135,11 @@ def test_many_steps_are_the_single_step_repeated(train_steps):
     order = jnp.asarray(np.random.default_rng(1).permutation(64).reshape(4, 16), jnp.int32)
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
     many, metrics = train_steps(fresh(), KEY, images, labels, order, 1, 3)
-    single = jax.jit(training.make_train_step(NETWORK, OPTIMISER, objective()))
+    single = make_step()
     state = fresh()
     for i in range(1, 4):
         batch = flip(jax.random.fold_in(KEY, state.step), images[order[i]])
-        state, _ = single(state, batch, labels[order[i]])
+        state, _ = single(state, batch, labels[order[i]], KEY)
     for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert int(metrics.seen) == 48
@@ -140,7 +153,7 @@ def test_the_step_is_compiled_once_and_the_state_donated():
         traces.append(images.shape)
         return flip(key, images)
 
-    steps = training.make_train_steps(NETWORK, OPTIMISER, objective(), counting)
+    steps = make_steps(counting)
     split = made_split()
     arrays = jnp.asarray(split.images), jnp.asarray(split.labels)
     before = state = fresh()
@@ -156,10 +169,10 @@ def test_accelerators_take_all_steps_in_one_loop(monkeypatch):
     split = made_split()
     order = jnp.arange(64, dtype=jnp.int32).reshape(4, 16)
     arguments = (KEY, jnp.asarray(split.images), jnp.asarray(split.labels), order, 0, 4)
-    stepped = training.make_train_steps(NETWORK, OPTIMISER, objective(), flip)
+    stepped = make_steps(flip)
     expected, _ = stepped(fresh(), *arguments)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    looped = training.make_train_steps(NETWORK, OPTIMISER, objective(), flip)
+    looped = make_steps(flip)
     state, metrics = looped(fresh(), *arguments)
     assert int(metrics.seen) == 64
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
@@ -211,7 +224,7 @@ def test_a_finished_run_resumed_trains_no_more(run, tmp_path):
 
 
 def test_a_diverged_run_stops_with_the_steps_number(run, tmp_path):
-    explosive = training.make_train_steps(NETWORK, optax.sgd(1e30), objective(), flip)
+    explosive = make_steps(flip, optax.sgd(1e30))
     with pytest.raises(FloatingPointError, match=r"at step [1-9]\d*; .*learning-rate"):
         run(tmp_path, steps=explosive)
 

@@ -1,13 +1,32 @@
-"""Training: the state, the compiled step, and what is minimised."""
+"""Training: the regimes, the state, and the compiled step."""
 
+from eejax.training.regime import (
+    Batch,
+    LossAux,
+    Phase,
+    Regime,
+    RegimeOptions,
+    joined,
+    phase_starts,
+)
+from eejax.training.regimes import REGIMES
+from eejax.training.regimes.joint import cross_entropies
 from eejax.training.state import TrainState, init_state
-from eejax.training.step import Metrics, Objective, make_train_step, make_train_steps
+from eejax.training.step import Metrics, make_train_step, make_train_steps
 
 __all__ = [
+    "REGIMES",
+    "Batch",
+    "LossAux",
     "Metrics",
-    "Objective",
+    "Phase",
+    "Regime",
+    "RegimeOptions",
     "TrainState",
+    "cross_entropies",
     "init_state",
+    "joined",
     "make_train_step",
     "make_train_steps",
+    "phase_starts",
 ]

@@ -1,37 +1,25 @@
-"""The training step: pure, compiled once, and many steps a dispatch."""
+"""The training step: pure, compiled once for each phase, and many steps a dispatch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import bisect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from eejax import gates as soft
+from eejax import gates
 from eejax.compiling import compiler_options
 from eejax.network import EarlyExitNetwork, PyTree
+from eejax.training.regime import Batch, LossAux, Phase, phase_starts
 from eejax.training.state import TrainState
 
-
-class Objective(NamedTuple):
-    """What is minimised: `loss(logits, gates, targets, weights) + cost_weight * expected cost`.
-
-    Attributes:
-      loss: one of `losses`: `[E, B, C], [E, B], [B, C], [E] -> [B]`.
-      weights: `[E]`, of the exits.
-      cost_weight: lambda of the soft gates' cost regulariser; 0 leaves it out.
-      cumulative_cost: `[E]`, as fractions of the whole network.
-      label_smoothing: in [0, 1).
-    """
-
-    loss: Callable[[Array, Array, Array, Array], Array]
-    weights: Array
-    cost_weight: float
-    cumulative_cost: Array
-    label_smoothing: float
+# Augmentation draws from the run's key folded with the number of the step. No step has this number,
+# so what the network draws is independent of it.
+_NETWORK = 2**32 - 1
 
 
 class Metrics(NamedTuple):
@@ -39,7 +27,7 @@ class Metrics(NamedTuple):
 
     Attributes:
       loss: sum over steps.
-      correct: `[E]`, samples that each exit got right in training mode.
+      correct: `[E]`, samples that each exit classifies correctly in training mode.
       exit_mean: `[E]`, sum over steps of the gates' mean exit distribution.
       seen: samples.
       first_bad: the first step whose loss or gradient was not finite, or -1.
@@ -52,30 +40,46 @@ class Metrics(NamedTuple):
     first_bad: Array
 
 
-Augment = Callable[[Array, Array], Array]
-
-
 def make_train_steps(
     network: EarlyExitNetwork,
-    optimiser: optax.GradientTransformation,
-    objective: Objective,
-    augment: Augment,
+    optimiser: Callable[[int], optax.GradientTransformation],
+    phases: Sequence[Phase],
+    augment: Callable[[Array, Array], Array],
+    *,
+    steps: int,
+    classes: int,
+    label_smoothing: float = 0.0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled `train_steps(state, key, images, labels, order, start, count)`.
 
-    It takes `count` steps, from row `start` of `order`; both are arguments, so that one program
-    serves any number of steps. The state is donated.
+    It takes `count` steps with the samples of row `start` of `order` and the rows after it. Both
+    are arguments, so one program serves any number of steps. `state.step` alone tells which phase a
+    step belongs to. The state is donated.
 
-    On an accelerator that is one dispatch. On a CPU it is one for each step, which costs nothing
-    there: XLA brings the convolutions of a gradient into the form that its fast kernels take in a
-    program's outermost computation only, and inside a loop they run 20 times slower
+    On an accelerator the steps of a phase are one dispatch. On a CPU each step is one, which costs
+    nothing there: XLA brings the convolutions of a gradient into the form of its fast kernels only
+    in a program's outermost computation; inside a loop they run 20 times slower
     (docs/architecture.md).
 
-    Its arguments: a `TrainState`; a key, from which each step draws by its number alone, so that
-    a run which stops and goes on draws the same; images `[N, ...]` and labels `[N]` of the
-    whole split, on the device; `order` `[S, B]` int32, the samples of each step.
+    The arguments of `train_steps`: a `TrainState`; a key, from which each step draws by its number
+    alone, so that a resumed run draws the same; images `[N, ...]` and labels `[N]` of the whole
+    split, on the device; `order` `[S, B]` int32, the samples of each step; two integers.
+
+    Args:
+      network: E exits.
+      optimiser: `optimiser(count)`, for a phase of `count` steps. Its state must have the same
+        structure for every `count`.
+      phases: of a regime.
+      augment: `augment(key, images [B, ...]) -> images`.
+      steps: of the whole training, divided among the phases.
+      classes: C.
+      label_smoothing: in [0, 1), the share of each target that is spread over all classes.
+
+    Raises:
+      ValueError: if the shares of the phases do not add up to 1, or a phase gets no step.
     """
-    step = make_train_step(network, optimiser, objective)
+    starts = phase_starts(phases, steps)
+    on_cpu = jax.default_backend() == "cpu"
     zero = Metrics(
         jnp.float32(0),
         jnp.zeros(network.num_exits, jnp.int32),
@@ -84,38 +88,55 @@ def make_train_steps(
         jnp.int32(-1),
     )
 
-    def one(
-        carry: tuple[TrainState, Metrics],
-        key: Array,
-        images: Array,
-        labels: Array,
-        order: Array,
-        i: Array,
-    ) -> tuple[TrainState, Metrics]:
-        state, total = carry
-        rows = lax.dynamic_index_in_dim(order, i, keepdims=False)
-        batch = augment(jax.random.fold_in(key, state.step), images[rows])
-        state, now = step(state, batch, labels[rows])
-        return state, _add(total, now)
+    def program(i: int) -> tuple[Callable[..., PyTree], Callable[..., tuple[TrainState, Metrics]]]:
+        """A phase's fresh optimiser state, and its compiled steps."""
+        count = starts[i + 1] - starts[i]
+        rule = optimiser(count)
+        step = make_train_step(
+            network,
+            rule,
+            phases[i],
+            classes=classes,
+            label_smoothing=label_smoothing,
+            first=starts[i],
+            count=count,
+        )
 
-    def many(
-        carry: tuple[TrainState, Metrics],
-        key: Array,
-        images: Array,
-        labels: Array,
-        order: Array,
-        start: Array,
-        count: Array,
-    ) -> tuple[TrainState, Metrics]:
-        def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            return one(carry, key, images, labels, order, i)
+        def single(
+            carry: tuple[TrainState, Metrics],
+            key: Array,
+            images: Array,
+            labels: Array,
+            order: Array,
+            i: Array,
+        ) -> tuple[TrainState, Metrics]:
+            state, total = carry
+            rows = lax.dynamic_index_in_dim(order, i, keepdims=False)
+            batch = augment(jax.random.fold_in(key, state.step), images[rows])
+            network_key = jax.random.fold_in(jax.random.fold_in(key, _NETWORK), state.step)
+            state, metrics = step(state, batch, labels[rows], network_key)
+            return state, _add(total, metrics)
 
-        return lax.fori_loop(start, start + count, body, carry)
+        def several(
+            carry: tuple[TrainState, Metrics],
+            key: Array,
+            images: Array,
+            labels: Array,
+            order: Array,
+            start: Array,
+            count: Array,
+        ) -> tuple[TrainState, Metrics]:
+            def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+                return single(carry, key, images, labels, order, i)
 
-    on_cpu = jax.default_backend() == "cpu"
-    compiled = jax.jit(
-        one if on_cpu else many, donate_argnums=0, compiler_options=compiler_options()
-    )
+            return lax.fori_loop(start, start + count, body, carry)
+
+        compiled = jax.jit(
+            single if on_cpu else several, donate_argnums=0, compiler_options=compiler_options()
+        )
+        return jax.jit(rule.init), compiled
+
+    programs = [program(i) for i in range(len(phases))]
 
     def train_steps(
         state: TrainState,
@@ -126,55 +147,101 @@ def make_train_steps(
         start: int,
         count: int,
     ) -> tuple[TrainState, Metrics]:
-        # The sums are donated with the state, so each call begins with fresh ones.
+        # The metrics are donated with the state, so each call begins with fresh ones.
         carry = state, jax.tree.map(jnp.copy, zero)
-        if not on_cpu:
-            return compiled(carry, key, images, labels, order, start, count)
-        for i in range(start, start + count):
-            carry = compiled(carry, key, images, labels, order, i)
+        # Reading the step waits for the device, and a single phase does not need it.
+        step = int(state.step) if len(phases) > 1 else 0
+        end = start + count
+        while start < end:
+            i = min(bisect.bisect_right(starts, step), len(phases)) - 1
+            fresh, compiled = programs[i]
+            left = end - start if i == len(phases) - 1 else min(end - start, starts[i + 1] - step)
+            if i and step == starts[i]:
+                state, total = carry
+                carry = state._replace(opt_state=fresh(state.params)), total
+            if on_cpu:
+                for row in range(start, start + left):
+                    carry = compiled(carry, key, images, labels, order, row)
+            else:
+                carry = compiled(carry, key, images, labels, order, start, left)
+            start, step = start + left, step + left
         return carry
 
     return train_steps
 
 
 def make_train_step(
-    network: EarlyExitNetwork, optimiser: optax.GradientTransformation, objective: Objective
-) -> Callable[[TrainState, Array, Array], tuple[TrainState, Metrics]]:
-    """The pure `train_step(state, images [B, ...], labels [B]) -> (state, metrics)`."""
+    network: EarlyExitNetwork,
+    optimiser: optax.GradientTransformation,
+    phase: Phase,
+    *,
+    classes: int,
+    label_smoothing: float = 0.0,
+    first: int = 0,
+    count: int = 1,
+) -> Callable[[TrainState, Array, Array, Array], tuple[TrainState, Metrics]]:
+    """The pure `train_step(state, images [B, ...], labels [B], key) -> (state, metrics)`.
 
-    def mean_loss(params: PyTree, batch_stats: PyTree, images: Array, labels: Array) -> Any:
-        variables = {"params": params, "batch_stats": batch_stats}
-        outputs, batch_stats = network.apply_all(variables, images, train=True)
-        logits = outputs.logits
-        targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
-        targets = optax.smooth_labels(targets, objective.label_smoothing)
-        loss = objective.loss(logits, outputs.gate, targets, objective.weights)
-        if objective.cost_weight:
-            cost = soft.expected_cost(outputs.gate, objective.cumulative_cost)
-            loss = loss + objective.cost_weight * cost
-        correct = (logits.argmax(-1) == labels[None]).sum(1, dtype=jnp.int32)
-        return loss.mean(), (batch_stats, correct, soft.mean_exit_distribution(outputs.gate))
+    Args:
+      network: E exits.
+      optimiser: of this phase.
+      phase: gives the loss, and which parameters and running statistics change. The others keep
+        their bits; the compiler leaves out what their gradients would need.
+      classes: C.
+      label_smoothing: as for `make_train_steps`.
+      first: the phase's first step.
+      count: the phase's number of steps, from which the loss gets its progress.
+    """
 
-    def train_step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Metrics]:
-        (loss, (batch_stats, correct, exit_mean)), gradients = jax.value_and_grad(
-            mean_loss, has_aux=True
-        )(state.params, state.batch_stats, images, labels)
+    def train_step(
+        state: TrainState, images: Array, labels: Array, key: Array
+    ) -> tuple[TrainState, Metrics]:
+        targets = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+        batch = Batch(images, labels, optax.smooth_labels(targets, label_smoothing))
+        progress = (state.step - first).astype(jnp.float32) / count
+        trains = jax.tree.broadcast(phase.trains(state.variables), state.variables)
+        leaves, structure = jax.tree.flatten(state.params)
+        moves = jax.tree.leaves(trains["params"])
+
+        def merged(trained: Sequence[Array], frozen: Sequence[Array]) -> PyTree:
+            rest = iter(trained)
+            return structure.unflatten(
+                [next(rest) if m else f for m, f in zip(moves, frozen, strict=True)]
+            )
+
+        def loss(trained: Sequence[Array]) -> tuple[Array, LossAux]:
+            variables = {"params": merged(trained, leaves), "batch_stats": state.batch_stats}
+            return phase.loss(network, variables, batch, key, progress)
+
+        trained = [leaf for leaf, m in zip(leaves, moves, strict=True) if m]
+        (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
         # Some of optax's arithmetic relies on implicit promotion, which a caller may have
         # forbidden.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-        fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+            updates, opt_state = optimiser.update(
+                merged(gradients, [jnp.zeros_like(leaf) for leaf in leaves]),
+                state.opt_state,
+                state.params,
+            )
+        changed = optax.apply_updates(state.params, updates)
+        params = _where(trains["params"], changed, state.params)
+        batch_stats = _where(trains["batch_stats"], aux.batch_stats, state.batch_stats)
+        correct = aux.outputs.logits.argmax(-1) == labels[None]
+        fine = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradients))
         metrics = Metrics(
-            loss,
-            correct,
-            exit_mean,
+            value,
+            correct.sum(1, dtype=jnp.int32),
+            gates.mean_exit_distribution(aux.outputs.gate),
             jnp.int32(len(labels)),
             jnp.where(fine, -1, state.step),
         )
-        params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
+
+
+def _where(trains: PyTree, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda train, n, o: n if train else o, trains, new, old)
 
 
 def _add(a: Metrics, b: Metrics) -> Metrics:

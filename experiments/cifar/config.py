@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from eejax.training import REGIMES
 from experiments.checks import require
 from experiments.data.config import DataConfig
 from experiments.data.config import check as check_data
 from experiments.evaluate.config import InferenceConfig, PoliciesConfig
 from experiments.evaluate.config import check as check_evaluation
-from experiments.train.config import NetworkConfig, TrainConfig, trains_gate
+from experiments.train.config import NetworkConfig, TrainConfig
 from experiments.train.config import check as check_training
 
 
@@ -37,4 +38,5 @@ def check(config: Config) -> None:
     limit, batch = config.data.limit, config.train.batch
     require(limit is None or limit >= batch, "data.limit", limit, f"at least one batch, {batch}")
     exits = config.network.num_exits
-    check_evaluation(config.policies, config.inference, exits, trains_gate(config.train.regime))
+    trains_gate = REGIMES[config.train.regime].trains_gate
+    check_evaluation(config.policies, config.inference, exits, trains_gate)

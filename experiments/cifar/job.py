@@ -20,6 +20,7 @@ from eejax.network import EarlyExitNetwork
 from eejax.policies import POLICIES
 from eejax.selection.thresholds import for_budget
 from eejax.trace import collect
+from eejax.training import REGIMES
 from experiments.cifar.cli import Arguments
 from experiments.cifar.config import Config
 from experiments.command_line import read_run, to_json
@@ -29,7 +30,6 @@ from experiments.evaluate import timing
 from experiments.report import report
 from experiments.report.environment import circumstances
 from experiments.train import loop, trained
-from experiments.train.config import trains_gate
 
 GALLERY = 24
 COLLAPSED = 0.2
@@ -102,7 +102,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
     history = loop.epochs(rows)
 
     # Traces, temperatures, thresholds.
-    learned_gate = trains_gate(config.train.regime)
+    learned_gate = REGIMES[config.train.regime].trains_gate
     names = tuple(n for n in config.policies.names if learned_gate or not POLICIES[n].needs_gate)
     with console.status("recording traces and choosing thresholds"):
         traces = evaluate.Traces(

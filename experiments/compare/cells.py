@@ -19,6 +19,7 @@ from rich.console import Console
 
 from eejax.network import Variables
 from eejax.trace import Trace, collect, fingerprints, read_trace, save_trace
+from eejax.training import REGIMES
 from experiments.command_line import to_json
 from experiments.compare.config import Comparison, DriftConfig
 from experiments.data import splits as data
@@ -34,6 +35,8 @@ FORMAT = 1  # raise it when what a cell holds changes: older ones then are made 
 
 DONE = "trained.json"
 PLAIN = "plain network"
+# A single exit has nothing to gate: the first regime that trains no gate is ordinary training.
+PLAIN_REGIME = next(name for name, regime in REGIMES.items() if not regime.trains_gate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ def cells(config: Comparison) -> list[Cell]:
     images = dataclasses.replace(config.data, name=dataset(config).name)
     full = dataclasses.replace(config.network, gate=True)
     last = full.num_exits - 1
-    plain = dataclasses.replace(config.train, regime="joint", exit_weights=(), cost_weight=0.0)
+    plain = dataclasses.replace(config.train, regime=PLAIN_REGIME, exit_weights=(), cost_weight=0.0)
     made: list[tuple[str, Literal["regime", "static"], NetworkConfig, int | None, TrainConfig]] = [
         (regime, "regime", full, None, dataclasses.replace(config.train, regime=regime))
         for regime in config.regimes

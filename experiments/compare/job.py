@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.panel import Panel
 
+from eejax.training import REGIMES
 from experiments.command_line import read_run, to_json
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
@@ -210,7 +211,7 @@ def _policies(subject: Subject, config: Comparison) -> list[str]:
     """A cascade stops by confidence; a gate has to be trained."""
     if subject.name == CASCADE:
         return [config.policies[0]]
-    return [p for p in config.policies if p != "gate" or subject.name != "joint"]
+    return [p for p in config.policies if p != "gate" or REGIMES[subject.name].trains_gate]
 
 
 def _measure(
@@ -236,7 +237,7 @@ def _measure(
         for contender in _contenders(answer)
     ]
     placement = []
-    able = [p for p in timing.policies if p != "gate" or first.name != "joint"]
+    able = [p for p in timing.policies if p != "gate" or REGIMES[first.name].trains_gate]
     for share, policy in itertools.product(timing.keep_exits, able[:1]):
         budget = share * float(units.cumulative[-1])
         chosen, row = compare_timing.placed(first, policy, units, budget, workdir)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from eejax.models import FAMILIES
 from eejax.network import EarlyExitNetwork
+from eejax.training import REGIMES
 from experiments.checks import require, require_all, require_not_negative, require_positive
 
 if TYPE_CHECKING:
@@ -117,11 +118,6 @@ class TrainConfig:
     """A checkpoint is written after this many seconds, after the last step, and on SIGTERM."""
 
 
-def trains_gate(regime: str) -> bool:
-    """Whether a regime trains the gates."""
-    return regime != "joint"
-
-
 def check(network: NetworkConfig, train: TrainConfig) -> None:
     """Checks a network and its training, without an image.
 
@@ -140,8 +136,10 @@ def check(network: NetworkConfig, train: TrainConfig) -> None:
             f"train.exit_weights: {len(train.exit_weights)} weights for {network.num_exits} exits; "
             f"give {network.num_exits}."
         )
+    require(train.regime in REGIMES, "train.regime", train.regime, f"one of {', '.join(REGIMES)}")
+    trains_gate = REGIMES[train.regime].trains_gate
     expected = f"True, for the regime {train.regime}"
-    require(network.gate or not trains_gate(train.regime), "network.gate", network.gate, expected)
+    require(network.gate or not trains_gate, "network.gate", network.gate, expected)
     fields = "epochs batch learning_rate adam_learning_rate steps_per_dispatch"
     require_positive("train", train, fields)
     require_not_negative("train", train, "weight_decay cost_weight checkpoint_seconds")

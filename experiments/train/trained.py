@@ -23,21 +23,20 @@ from rich.console import Console
 from eejax import checkpoint, cost
 from eejax.network import EarlyExitNetwork, Variables, normalise
 from eejax.trace import collect
-from eejax.training import losses
-from eejax.training.state import TrainState, init_state
-from eejax.training.step import Metrics, Objective, make_train_steps
+from eejax.training import (
+    REGIMES,
+    Metrics,
+    RegimeOptions,
+    TrainState,
+    init_state,
+    joined,
+    make_train_steps,
+)
 from experiments.data import splits
 from experiments.data.config import DataConfig
 from experiments.train import loop
 from experiments.train.augment import augment
-from experiments.train.config import NetworkConfig, TrainConfig, build_network, trains_gate
-
-LOSSES = {
-    "joint": losses.joint,
-    "soft_literal": losses.soft_literal,
-    "soft_auxiliary": losses.soft_auxiliary,
-    "soft_mixture": losses.soft_mixture,
-}
+from experiments.train.config import NetworkConfig, TrainConfig, build_network
 
 
 @dataclass(frozen=True)
@@ -187,17 +186,25 @@ def _program(run: TrainRun) -> _Program:
     steps = len(data.train.images) // train.batch * train.epochs
     tx = optimiser(train, steps)
     image = jnp.asarray(data.train.images[:1])
-    objective = Objective(
-        LOSSES[train.regime],
+    options = RegimeOptions(
         jnp.asarray(train.exit_weights or (1.0,) * model.num_exits, jnp.float32),
-        train.cost_weight if trains_gate(train.regime) else 0.0,
+        train.cost_weight,
         jnp.asarray(costs(run).fractions, jnp.float32),
-        train.label_smoothing,
+    )
+    phases = REGIMES[train.regime].phases(options)
+    train_steps = make_train_steps(
+        model,
+        functools.partial(optimiser, train),
+        phases,
+        _augmentation(run.data, data.mean),
+        steps=steps,
+        classes=len(data.classes),
+        label_smoothing=train.label_smoothing,
     )
     return _Program(
         jax.jit(lambda key: init_state(model, tx, key, image)),
-        make_train_steps(model, tx, objective, _augmentation(run.data, data.mean)),
-        schedule(train, train.learning_rate, steps),
+        train_steps,
+        joined(functools.partial(schedule, train, train.learning_rate), phases, steps),
     )
 
 

@@ -1,0 +1,35 @@
+"""Joint training: the weighted sum of the exits' cross-entropies.
+
+    sum_e w_e CE(p_e, y)
+
+The gates are not read and get no gradient. Teerapittayanon, McDanel, Kung, *BranchyNet: fast
+inference via early exiting from deep neural networks*, ICPR 2016, https://arxiv.org/abs/1709.01686;
+Huang, Chen, Li, Wu, van der Maaten, Weinberger, *Multi-scale dense networks for resource efficient
+image classification*, ICLR 2018, https://arxiv.org/abs/1703.09844. Joint training among the other
+ways to train exits: Scardapane, Scarpiniti, Baccarelli, Uncini, *Why should we add early exits to
+neural networks?*, Cognitive Computation 12, 2020, https://arxiv.org/abs/2004.12814.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from eejax.network import ExitOutput
+from eejax.training.regime import Regime, RegimeOptions, all_at_once
+
+
+def cross_entropies(logits: Array, targets: Array) -> Array:
+    """The cross-entropy of each exit, `[E, B]`, from logits `[E, B, C]` and targets `[B, C]`."""
+    chex.assert_rank([logits, targets], [3, 2])
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets[None])
+
+
+def losses(outputs: ExitOutput, targets: Array, options: RegimeOptions) -> Array:
+    """`sum_e w_e CE_e`, `[B]`."""
+    return (options.exit_weights[:, None] * cross_entropies(outputs.logits, targets)).sum(0)
+
+
+REGIME = Regime(all_at_once(losses), trains_gate=False)
