@@ -1,4 +1,4 @@
-"""Traces: what every head of a network said of every sample of a split, recorded once."""
+"""Traces: the output of every head for every sample of a split, recorded once."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from eejax.network import EarlyExitNetwork, ExitOutput, Variables
 
 
 class Trace(NamedTuple):
-    """What every head said of every sample of one split, recorded once.
+    """The output of every head for every sample of one split.
 
     Attributes:
       logits: `[N, E, C]` float32.
       gates: `[N, E]` float32.
       labels: `[N]` int32.
-      ids: `[N]` uint64, which samples these are: equal for equal images. `guarantees` refuses data
-        by them that something was fitted on.
+      ids: `[N]` uint64, equal for equal images. By them `guarantees` recognises samples that
+        something was fitted on.
     """
 
     logits: np.ndarray
@@ -44,7 +44,7 @@ def collect(
     *,
     batch: int = 500,
 ) -> Trace:
-    """Runs the whole network once over a split and records what every head says.
+    """Runs the whole network once over a split and records the output of every head.
 
     Every call is padded to `batch`, so that one program serves all splits.
 
@@ -53,18 +53,18 @@ def collect(
       variables: as `network.init` gives.
       images: `[N, ...]`.
       labels: `[N]` int.
-      batch: samples a call.
+      batch: samples in a call.
 
     Raises:
-      ValueError: no images, or not as many labels.
+      ValueError: if there are no images, or not as many labels.
     """
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; give as many of both.")
     outputs = []
     for start in range(0, len(images), batch):
-        some = images[start : start + batch]
-        padding = [(0, batch - len(some))] + [(0, 0)] * (some.ndim - 1)
-        output = _compiled_heads()(network, variables, jnp.asarray(np.pad(some, padding)))
+        part = images[start : start + batch]
+        padding = [(0, batch - len(part))] + [(0, 0)] * (part.ndim - 1)
+        output = _compiled_heads()(network, variables, jnp.asarray(np.pad(part, padding)))
         outputs.append(jax.device_get(output))
     return Trace(
         np.concatenate([o.logits for o in outputs], 1)[:, : len(images)].swapaxes(0, 1),
@@ -80,17 +80,18 @@ def recorded(
     gates: ArrayLike | None = None,
     ids: ArrayLike | None = None,
 ) -> Trace:
-    """A trace from arrays that were recorded elsewhere, by any framework.
+    """A trace from arrays that another framework recorded.
 
     Args:
       logits: `[N, E, C]`.
       labels: `[N]`, whole numbers in [0, C).
       gates: `[N, E]`, the logit of "stop here"; zeros by default.
-      ids: `[N]`, which samples these are; by default made from logits and label, which tells
-        samples apart within traces of one network.
+      ids: `[N]`, equal for equal samples; by default hashes of logits and label, which identify
+        samples within traces of one network.
 
     Raises:
-      ValueError: shapes that do not fit, no samples, NaN, or labels that are no class.
+      ValueError: if the shapes do not fit, there are no samples, logits are NaN, or a label is not
+        a class.
     """
     z = np.asarray(logits, np.float32)
     if z.ndim != 3 or not len(z):
@@ -110,19 +111,19 @@ def recorded(
     if g.shape != z.shape[:2]:
         raise ValueError(f"gates of shape {g.shape} for logits {z.shape}; give {z.shape[:2]}.")
     if ids is None:
-        own = fingerprints(np.concatenate([z.reshape(len(z), -1), y[:, None]], 1, dtype=np.float32))
-    else:
-        own = np.asarray(ids).astype(np.uint64)
-    if own.shape != y.shape:
-        raise ValueError(f"ids of shape {own.shape} for {len(y)} samples; give one each.")
-    return Trace(z, g, y, own)
+        rows = np.concatenate([z.reshape(len(z), -1), y[:, None]], 1, dtype=np.float32)
+        ids = fingerprints(rows)
+    ids = np.asarray(ids).astype(np.uint64)
+    if ids.shape != y.shape:
+        raise ValueError(f"ids of shape {ids.shape} for {len(y)} samples; give one for each.")
+    return Trace(z, g, y, ids)
 
 
 def save_trace(path: str | Path, trace: Trace) -> None:
     """Writes a trace as an `.npz` file for `read_trace`, or for NumPy anywhere.
 
     Args:
-      path: of the file, to which no suffix is added; what is there already is replaced.
+      path: of the file; no suffix is added, and an existing file is replaced.
       trace: N samples.
     """
     with open(path, "wb") as file:  # given a path, NumPy would add a suffix to it
@@ -132,8 +133,8 @@ def save_trace(path: str | Path, trace: Trace) -> None:
 def read_trace(path: str | Path) -> Trace:
     """A trace from an `.npz` file that any framework wrote.
 
-    One line of NumPy writes such a file; `logits` of shape `[N, E, C]` and `labels` of shape `[N]`
-    it must hold, `gates` and `ids` it may, as for `recorded`, in any dtype of numbers:
+    One line of NumPy writes such a file. It must hold `logits` `[N, E, C]` and `labels` `[N]`, and
+    may hold `gates` and `ids` as for `recorded`, of any numeric dtype:
 
         numpy.savez("trace.npz", logits=logits, labels=labels)
 
@@ -141,19 +142,19 @@ def read_trace(path: str | Path) -> Trace:
       path: of the file. Nothing in it is unpickled.
 
     Raises:
-      ValueError: no `.npz` file, one without logits or labels, or arrays that `recorded` refuses.
+      ValueError: if it is not an `.npz` file, lacks logits or labels, or `recorded` raises.
     """
     try:
-        # Opened here, since NumPy does not close what it could not read.
+        # Opened here because NumPy does not close a file that it could not read.
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")
-            # Arrays that are not asked for are left alone.
+            # Other arrays are not read.
             names = [n for n in ("logits", "labels", "gates", "ids") if n in loaded.files]
             arrays, files = {n: loaded[n] for n in names}, loaded.files
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy says of whatever it does not know that it is a pickle.
+        # NumPy calls every unknown format a pickle.
         raise ValueError(
             f"{path} cannot be read as an .npz of plain arrays; write it with numpy.savez."
         ) from error
@@ -170,10 +171,10 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def fingerprints(samples: np.ndarray) -> np.ndarray:
-    """A number for each sample, `[N]` uint64, that depends on nothing but its bytes.
+    """A hash of the bytes of each sample, `[N]` uint64.
 
     Args:
-      samples: `[N, ...]`: images, or what else tells samples apart.
+      samples: `[N, ...]`: images, or other arrays that identify samples.
     """
     rows = np.ascontiguousarray(samples)
     digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
@@ -182,7 +183,7 @@ def fingerprints(samples: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _compiled_heads() -> Callable[..., ExitOutput]:
-    """Every head's output; compiled once for a network and a shape, however often it is called."""
+    """The outputs of all heads; compiled once for a network and a shape."""
 
     def heads(network: EarlyExitNetwork, variables: Variables, images: jax.Array) -> ExitOutput:
         return network.apply_all(variables, images)[0]._replace(memory=())

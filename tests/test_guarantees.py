@@ -377,7 +377,7 @@ def test_samples_that_nothing_was_fitted_on_pass():
         ({"delta": 10}, "^a delta of 10; give"),
         ({"losses": np.full((200, 4), 2.0)}, "^losses from 2 to 2; give"),
         ({"losses": np.zeros((200, 3))}, r"^losses \(200, 3\), cost \(4,\) and 200 ids for"),
-        ({"cost": COST[::-1]}, "give cumulative costs, positive and increasing"),
+        ({"cost": COST[::-1]}, "cumulative costs, positive and increasing"),
         ({"candidates": Candidates(np.zeros((2, 4)), np.zeros(0, int))}, "^4 thresholds for 4 ex"),
         ({"candidates": Candidates(np.zeros((0, 3)), np.zeros(0, int))}, "^no candidates; give"),
         ({"used": {"training": np.zeros((3, 2))}}, r"^ids of training of shape \(3, 2\) and type"),

@@ -160,7 +160,7 @@ def test_exits_at_random_at_equal_rates():
     assert expected == pytest.approx(correct[np.arange(500), drawn].mean(), abs=0.002)
     assert metrics.random_at_equal_rates(correct, np.array([0, 0, 1])) == correct[:, 2].mean()
     for wrong in ([0.5, 0.5], [0.5, 0.2, 0.2], [1.5, -0.5, 0]):
-        with pytest.raises(ValueError, match="adding up to 1"):
+        with pytest.raises(ValueError, match="with sum 1"):
             metrics.random_at_equal_rates(correct, np.array(wrong))
 
 
@@ -180,10 +180,7 @@ def test_where_the_samples_of_each_class_leave():
 
 def test_how_often_policies_agree():
     values = np.array([[0, 1, 2, 0], [0, 1, 0, 0], [2, 2, 2, 2]])
-    assert metrics.agreement(values[0], values[1]) == 0.75
     matrix = metrics.agreement_matrix(values)
     np.testing.assert_array_equal(matrix, [[1, 0.75, 0.25], [0.75, 1, 0], [0.25, 0, 1]])
-    with pytest.raises(ValueError, match=r"values \(4,\) and \(3,\)"):
-        metrics.agreement(values[0], values[1, 1:])
     with pytest.raises(ValueError, match=r"give \[policies, samples\]"):
         metrics.agreement_matrix(values[0])

@@ -112,7 +112,7 @@ def test_temperatures_compose():
 def test_what_does_not_fit_is_refused():
     trace = agreement(6, 1000)
     for cost in (COST[:3], COST[::-1], COST - 0.25):
-        with pytest.raises(ValueError, match="give 4, positive and increasing"):
+        with pytest.raises(ValueError, match="give 4 cumulative costs"):
             fit(trace, cost)
     with pytest.raises(ValueError, match="an empty trace"):
         fit(Trace(*(x[:0] for x in trace)), COST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eejax.evaluation.significance import holm, interval_over_seeds, paired_bootstrap
+from eejax.evaluation.significance import paired_bootstrap
 
 
 def answers(seed, seeds, samples, gain=0.2):
@@ -103,7 +103,7 @@ def test_intervals_that_hold_together_are_wider():
 
 def test_what_cannot_be_compared_is_refused():
     a, b = answers(0, 3, 50)
-    with pytest.raises(ValueError, match=r"right_a \(3, 50\), right_b \(2, 50\)"):
+    with pytest.raises(ValueError, match=r"correct_a \(3, 50\), correct_b \(2, 50\)"):
         paired_bootstrap(a, b[:2], 0)
     with pytest.raises(ValueError, match=r"give \[seeds, samples\] of both"):
         paired_bootstrap(a[0], b[0], 0)
@@ -113,34 +113,3 @@ def test_what_cannot_be_compared_is_refused():
         paired_bootstrap(a, b, 0, comparisons=0)
     with pytest.raises(ValueError, match=r"100 draws leave none.* at least 400"):
         paired_bootstrap(a, b, 0, draws=100, comparisons=10)
-
-
-def test_holm_by_hand():
-    # .01 x 4; .02 x 3, .03 x 2 and .04 x 1, the last two no smaller than the .06 before them.
-    np.testing.assert_allclose(holm([0.03, 0.01, 0.04, 0.02]), [0.06, 0.04, 0.06, 0.06])
-    np.testing.assert_allclose(holm([0.6, 0.001, 0.5]), [1, 0.003, 1])
-    assert holm([0.2]).tolist() == [0.2]
-    assert holm([]).shape == (0,)
-    for wrong in ([0.5, 1.1], [np.nan], [[0.5]]):
-        with pytest.raises(ValueError, match="give a list of numbers in"):
-            holm(wrong)
-
-
-def test_an_interval_over_seeds():
-    # Student's t with 2 degrees of freedom: 4.302653, from any table.
-    mean, low, high = interval_over_seeds([1.0, 2.0, 3.0])
-    assert mean == 2
-    np.testing.assert_allclose(
-        [low, high], 2 + np.array([-1, 1]) * 4.302653 / np.sqrt(3), rtol=1e-6
-    )
-    one = interval_over_seeds([0.7])
-    assert one.mean == 0.7
-    assert np.isnan(one[1:]).all()
-    with pytest.raises(ValueError, match="at least one seed"):
-        interval_over_seeds([])
-
-
-def test_intervals_over_seeds_hold_the_truth():
-    values = np.random.default_rng(2).normal(5, 3, (2000, 3))
-    held = [low <= 5 <= high for _, low, high in map(interval_over_seeds, values)]
-    assert 0.935 <= np.mean(held) <= 0.965

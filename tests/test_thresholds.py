@@ -375,8 +375,8 @@ def test_what_does_not_fit_is_refused(search):
         ((scores, correct, cost[:2]), r"cost \(2,\); give \[N, E\]"),
         ((scores[:0], correct[:0], cost), "an empty trace"),
         ((bad, correct, cost), "NaN or infinity"),
-        ((scores, correct, cost[::-1]), "give cumulative costs, positive and increasing"),
-        ((scores, correct, cost - cost[0]), "give cumulative costs, positive and increasing"),
+        ((scores, correct, cost[::-1]), "cumulative costs, positive and increasing"),
+        ((scores, correct, cost - cost[0]), "cumulative costs, positive and increasing"),
     ):
         with pytest.raises(ValueError, match=message):
             search(*wrong, 10.0)

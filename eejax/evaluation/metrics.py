@@ -1,5 +1,5 @@
-"""What a trace and a routing are worth: accuracy, cost, calibration, overthinking, and what the
-oracle, chance and other policies make of the same trace."""
+"""Metrics of a trace and of a routing: accuracy, cost, calibration, overthinking, and the same for
+the oracle and for chance."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from eejax.evaluation.routing import Routed
+from eejax.policies.base import check_costs
 
 
 class Reliability(NamedTuple):
@@ -16,7 +17,7 @@ class Reliability(NamedTuple):
 
     Attributes:
       confidence: mean of the bin, NaN where it is empty.
-      accuracy: fraction right, NaN where the bin is empty.
+      accuracy: fraction correct, NaN where the bin is empty.
       count: samples in the bin.
     """
 
@@ -26,10 +27,10 @@ class Reliability(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a routing came to.
+    """Accuracy and cost of a routing.
 
     Attributes:
-      accuracy: fraction right.
+      accuracy: fraction correct.
       mean_cost: in the unit of the costs that were given.
       exit_fractions: `[E]`, the fraction of samples that left at each exit.
     """
@@ -45,7 +46,7 @@ def outcome(routed: Routed, labels: np.ndarray, cumulative_cost: np.ndarray) -> 
     Args:
       routed: N samples.
       labels: `[N]`.
-      cumulative_cost: `[E]`, the cost of leaving at each exit, heads on the way counted.
+      cumulative_cost: `[E]`, the cost of leaving at each exit, including the heads before it.
     """
     counts = np.bincount(routed.exits, minlength=len(cumulative_cost))
     return Outcome(
@@ -62,7 +63,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> Reliability:
-    """Confidence against accuracy of one exit, or of a routed answer.
+    """Confidence against accuracy, of one exit or of a routing.
 
     Args:
       logits: `[N, C]`.
@@ -82,7 +83,8 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> Relia
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """`sum_b |accuracy_b - confidence_b| n_b / N` (Guo et al., ICML 2017)."""
+    """`sum_b |accuracy_b - confidence_b| n_b / N` (Guo et al., ICML 2017,
+    https://arxiv.org/abs/1706.04599)."""
     r = reliability(logits, labels, bins)
     full = r.count > 0
     gaps = np.abs(r.accuracy[full] - r.confidence[full])
@@ -90,7 +92,7 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
 
 
 def overthinking(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How often the last exit was not needed, or did harm (Kaya, Hong, Dumitras, ICML 2019,
+    """How often the last exit is not needed, or does harm (Kaya, Hong, Dumitras, ICML 2019,
     https://arxiv.org/abs/1810.07052).
 
     Args:
@@ -98,8 +100,8 @@ def overthinking(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float
       labels: `[N]`.
 
     Returns:
-      `wasteful`: fraction of samples that the last exit gets right and an earlier one did too.
-      `destructive`: fraction that the last exit gets wrong and an earlier one got right.
+      `wasteful`: fraction of samples for which the last exit and an earlier one are correct.
+      `destructive`: fraction for which the last exit is wrong and an earlier one is correct.
     """
     correct = predictions == labels[:, None]
     earlier = correct[:, :-1].any(1)
@@ -110,13 +112,13 @@ def overthinking(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float
 
 
 def first_correct(correct: np.ndarray) -> np.ndarray:
-    """The oracle: the first exit that gets each sample right; the first, where none does.
+    """The oracle: the first correct exit of each sample, or the first exit if none is correct.
 
-    It knows the labels, so it is a bound and no policy. A sample that no exit gets right is wrong
-    wherever it leaves, and leaves where that is cheapest.
+    It knows the labels, so it is a bound and not a policy. A sample without a correct exit is wrong
+    wherever it leaves, so it leaves where that is cheapest.
 
     Args:
-      correct: `[N, E]`, whether the answer at each exit is right.
+      correct: `[N, E]`, whether the answer at each exit is correct.
 
     Returns:
       `[N]` int exits.
@@ -127,24 +129,24 @@ def first_correct(correct: np.ndarray) -> np.ndarray:
 def oracle_accuracy(correct: np.ndarray, cost: np.ndarray, budget: float) -> float:
     """The highest accuracy that any choice of exits reaches at a mean cost of at most `budget`.
 
-    Exact: all leave at the first exit, and what the budget still pays for sends samples on to the
-    first exit that gets them right, the cheapest of these moves first. Each is worth one sample, so
-    no other order buys more.
+    Exact: all samples leave at the first exit, and the rest of the budget moves samples to their
+    first correct exit, the cheapest moves first. Every move gains one sample, so no other order
+    gains more.
 
     Args:
-      correct: `[N, E]`, whether the answer at each exit is right.
+      correct: `[N, E]`, whether the answer at each exit is correct.
       cost: `[E]`, cumulative and increasing.
       budget: in the unit of `cost`.
 
     Raises:
-      ValueError: a budget under the cost of leaving at the first exit, or arrays that do not fit.
+      ValueError: if the budget is below the cost of leaving at the first exit, or the arrays do not
+        fit.
     """
     correct, cost = np.asarray(correct, bool), np.asarray(cost, np.float64)
     if correct.ndim != 2 or not len(correct) or cost.shape != correct.shape[1:]:
         raise ValueError(f"correct {correct.shape}, cost {cost.shape}; give [N, E] and [E].")
-    if not (np.diff(cost) >= 0).all() or not (cost > 0).all():
-        raise ValueError(f"costs {cost.tolist()}; give cumulative costs, positive and increasing.")
-    # The same slack for rounding as in the search for thresholds, which this is a bound for.
+    cost = check_costs(cost, len(cost))
+    # The same slack for rounding as in the search for thresholds, which this bounds.
     budget = budget * (1 + 1e-9)
     if not budget >= cost[0]:
         raise ValueError(
@@ -157,16 +159,16 @@ def oracle_accuracy(correct: np.ndarray, cost: np.ndarray, budget: float) -> flo
 
 
 def random_at_equal_rates(correct: np.ndarray, fractions: np.ndarray) -> float:
-    """Expected accuracy where exits are drawn at random at the given rates: `sum_e f_e acc_e`.
+    """Expected accuracy if exits are drawn at random at the given rates: `sum_e f_e acc_e`.
 
-    What a policy must beat to know anything of its samples, at equal mean cost.
+    A policy is informed by its samples only if it is more accurate, at equal mean cost.
 
     Args:
-      correct: `[N, E]`, whether the answer at each exit is right.
-      fractions: `[E]`, adding up to 1, as `Outcome.exit_fractions`.
+      correct: `[N, E]`, whether the answer at each exit is correct.
+      fractions: `[E]`, with sum 1, as `Outcome.exit_fractions`.
 
     Raises:
-      ValueError: fractions that do not fit or do not add up to 1.
+      ValueError: if the fractions do not fit or do not add up to 1.
     """
     f = np.asarray(fractions, np.float64)
     if f.shape != np.shape(correct)[1:] or not (f >= 0).all() or not abs(f.sum() - 1) < 1e-6:
@@ -180,7 +182,7 @@ def random_at_equal_rates(correct: np.ndarray, fractions: np.ndarray) -> float:
 def exit_fractions_by_class(
     exits: np.ndarray, labels: np.ndarray, classes: int, num_exits: int
 ) -> np.ndarray:
-    """Where the samples of each class leave.
+    """The distribution over exits of the samples of each class.
 
     Args:
       exits: `[N]` int, 0-based.
@@ -189,10 +191,10 @@ def exit_fractions_by_class(
       num_exits: E.
 
     Returns:
-      `[C, E]`, rows that add up to 1, or NaN for a class of which there is no sample.
+      `[C, E]`; a row adds up to 1, and is NaN for a class without samples.
 
     Raises:
-      ValueError: not as many exits as labels, or one out of range.
+      ValueError: if there are not as many exits as labels, or one is out of range.
     """
     e, y = np.asarray(exits, np.int64), np.asarray(labels, np.int64)
     if e.ndim != 1 or e.shape != y.shape:
@@ -208,29 +210,14 @@ def exit_fractions_by_class(
         return counts / counts.sum(1, keepdims=True)
 
 
-def agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Fraction of samples of which two policies say the same.
-
-    Args:
-      a: `[N]`, exits or answers.
-      b: `[N]`, the same of another policy.
-
-    Raises:
-      ValueError: not as many of both, or none.
-    """
-    if np.ndim(a) != 1 or np.shape(a) != np.shape(b) or not len(a):
-        raise ValueError(f"values {np.shape(a)} and {np.shape(b)}; give [N] of both.")
-    return float((np.asarray(a) == np.asarray(b)).mean())
-
-
 def agreement_matrix(values: np.ndarray) -> np.ndarray:
-    """`agreement` of each of P policies with each other, `[P, P]`.
+    """The fraction of samples on which two policies agree, for each pair of P policies, `[P, P]`.
 
     Args:
-      values: `[P, N]`, exits or answers.
+      values: `[P, N]`, exits or predictions.
 
     Raises:
-      ValueError: another shape, or no samples.
+      ValueError: if the shape is another, or there are no samples.
     """
     v = np.asarray(values)
     if v.ndim != 2 or not v.size:
@@ -243,11 +230,11 @@ def curve_at(
     accuracies: ArrayLike,
     at: ArrayLike,
 ) -> np.ndarray:
-    """A cost curve's accuracy at other costs, on straight lines between its points.
+    """The accuracy of a cost curve at other costs, by linear interpolation between its points.
 
-    So curves of several seeds, whose points lie at different costs, come to one grid. Beyond the
-    dearest point the accuracy stays: a larger budget need not be spent. Of points of equal cost the
-    best counts.
+    It brings curves of several seeds, whose points have different costs, to one grid. Beyond the
+    most expensive point the accuracy is constant: a larger budget need not be spent. Of points of
+    equal cost the best counts.
 
     Args:
       costs: `[K]`, in any order.
@@ -258,19 +245,20 @@ def curve_at(
       Accuracies of the shape of `at`.
 
     Raises:
-      ValueError: a cost below the cheapest point, where there is no curve; arrays that do not fit.
+      ValueError: if a cost is below the cheapest point, where there is no curve, or the arrays do
+        not fit.
     """
     x, y = _curve(costs, accuracies)
-    wanted = np.asarray(at, np.float64)
-    if not (wanted >= x[0]).all():
+    at = np.asarray(at, np.float64)
+    if not (at >= x[0]).all():
         raise ValueError(
-            f"the curve at a cost of {wanted.min():.4g}; its cheapest point costs {x[0]:.4g}; "
+            f"the curve at a cost of {at.min():.4g}; its cheapest point costs {x[0]:.4g}; "
             "start there or above."
         )
     x, position = np.unique(x, return_inverse=True)
     best = np.full(len(x), -np.inf)
     np.maximum.at(best, position, y)
-    return np.interp(wanted, x, best)
+    return np.interp(at, x, best)
 
 
 def area_under_curve(
@@ -279,19 +267,19 @@ def area_under_curve(
     low: float | None = None,
     high: float | None = None,
 ) -> float:
-    """Mean accuracy over a range of costs: the area by trapezes, divided by its width.
+    """Mean accuracy over a range of costs: the area by the trapezoidal rule, divided by its width.
 
-    Curves are comparable over a common range only; each curve's own is the default.
+    Curves are comparable over a common range only; the default is the whole range of the curve.
 
     Args:
       costs: `[K]`, in any order.
       accuracies: `[K]`.
       low: where the range begins; the cheapest point by default.
-      high: where it ends; the dearest point by default, beyond which the accuracy stays.
+      high: where it ends; the most expensive point by default; beyond it accuracy is constant.
 
     Raises:
-      ValueError: a range that begins below the cheapest point or ends before it begins; arrays that
-        do not fit.
+      ValueError: if the range begins below the cheapest point or ends before it begins, or the
+        arrays do not fit.
     """
     x, y = _curve(costs, accuracies)
     ends = np.array([x[0] if low is None else low, x[-1] if high is None else high], np.float64)

@@ -1,4 +1,4 @@
-"""The reference: which exit a recorded trace takes, what it answers there, and what that costs.
+"""The reference: the exit and the answer of every sample of a recorded trace.
 
 Every compiled executor must agree with `route`, sample by sample, for every policy.
 """
@@ -13,17 +13,15 @@ import numpy as np
 
 from eejax.network import ExitOutput
 from eejax.policies.base import Policy, check_thresholds
-from eejax.trace import (
-    Trace,
-)
+from eejax.trace import Trace
 
 
 class Scored(NamedTuple):
-    """A policy's view of a trace.
+    """The answers and scores of a policy on a trace.
 
     Attributes:
-      logits: `[N, E, C]`, what the policy answers at each exit.
-      scores: `[N, E]`, how sure it is there.
+      logits: `[N, E, C]`, the policy's answer at each exit.
+      scores: `[N, E]`, its score there.
     """
 
     logits: np.ndarray
@@ -31,12 +29,12 @@ class Scored(NamedTuple):
 
     @property
     def predictions(self) -> np.ndarray:
-        """`[N, E]` int, the class answered at each exit."""
+        """`[N, E]` int, the class predicted at each exit."""
         return self.logits.argmax(-1)
 
 
 class Routed(NamedTuple):
-    """Where each sample leaves, and with which answer.
+    """The exit and the answer of each sample.
 
     Attributes:
       exits: `[N]` int, 0-based.
@@ -48,14 +46,14 @@ class Routed(NamedTuple):
 
 
 def score(policy: Policy, trace: Trace) -> Scored:
-    """Steps a policy through every exit of a trace, whether or not it would have stopped."""
+    """Steps a policy through every exit of a trace, also past the one where it would stop."""
     state = policy.init(len(trace.labels))
     logits, scores = [], []
     for e in range(trace.logits.shape[1]):
         output = ExitOutput(jnp.asarray(trace.logits[:, e]), jnp.asarray(trace.gates[:, e]), ())
-        answer, certainty, state = policy.step(output, state, e)
+        answer, confidence, state = policy.step(output, state, e)
         logits.append(np.asarray(answer))
-        scores.append(np.asarray(certainty))
+        scores.append(np.asarray(confidence))
     return Scored(np.stack(logits, 1), np.stack(scores, 1))
 
 
@@ -67,7 +65,7 @@ def route(scored: Scored, thresholds: Iterable[float]) -> Routed:
       thresholds: E - 1, one for each exit but the last.
 
     Raises:
-      ValueError: another number of thresholds, or one that is NaN.
+      ValueError: if the number of thresholds is another, or one is NaN.
     """
     exits = first_exit(scored.scores, check_thresholds(thresholds, scored.scores.shape[1]))
     return Routed(exits, scored.logits[np.arange(len(exits)), exits])

@@ -1,12 +1,10 @@
-"""Whether a difference in accuracy is more than chance: paired bootstrap, Holm, intervals."""
+"""Whether a difference in accuracy is more than chance: the paired bootstrap."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.special import stdtrit
 
 
 class Difference(NamedTuple):
@@ -25,14 +23,6 @@ class Difference(NamedTuple):
     p: float
 
 
-class Interval(NamedTuple):
-    """A mean over seeds and where the mean over all seeds lies; NaN ends where one seed is all."""
-
-    mean: float
-    low: float
-    high: float
-
-
 def paired_bootstrap(
     correct_a: np.ndarray,
     correct_b: np.ndarray,
@@ -43,33 +33,34 @@ def paired_bootstrap(
 ) -> Difference:
     """Difference in accuracy of two schemes on the same test samples over the same training seeds.
 
-    Each draw resamples the test samples, and independently of them the seeds, with replacement; a
-    sample keeps both schemes' answers of every seed, a seed those of every sample. The interval
-    runs between quantiles of the draws, and p is twice the smaller share of draws on one side of
-    zero.
+    Each draw resamples the test samples and, independently, the seeds, with replacement. A drawn
+    sample brings the answers of both schemes for every seed, a drawn seed those for every sample.
+    The interval lies between quantiles of the draws, and p is twice the smaller share of draws on
+    one side of zero.
 
-    One seed is not resampled: the interval then is about these two trained networks alone, on new
-    samples. Of a handful of seeds, resampling S of S sees only (S - 1) / S of the variance between
-    them, two thirds for three, and three seeds say little about how far the next one may lie. Where
-    seeds as such move the difference, the interval is too narrow; where they move single samples
-    only, resampling both ways counts that noise more than once and it is too wide (Owen, Annals of
-    Applied Statistics 2007, https://doi.org/10.1214/07-AOAS122). Beside it, give each seed's own
-    difference.
+    A single seed is not resampled: the interval is then about these two trained networks, on new
+    samples. Resampling S seeds sees only (S - 1) / S of the variance between them, two thirds for
+    three, and three seeds say little about the next one. Where a seed moves the difference as a
+    whole, the interval is too narrow; where seeds move single samples only, resampling both ways
+    counts that noise more than once and the interval is too wide (Owen, Annals of Applied
+    Statistics 2007, https://doi.org/10.1214/07-AOAS122). Report the difference of each seed beside
+    it.
 
     Args:
-      correct_a: `[S, N]`, whether the first scheme is right, by training seed and test sample.
-      correct_b: `[S, N]`, the same of the second, on the same samples; row s of the same seed.
+      correct_a: `[S, N]`, whether the first scheme is correct, by training seed and test sample.
+      correct_b: `[S, N]`, the same for the second scheme, on the same samples and seeds.
       seed: of the resampling.
       draws: of the bootstrap; p is never below 2 / (draws + 1).
       level: of the interval.
-      comparisons: how many intervals are to hold together at that level; each gets the level
-        `1 - (1 - level) / comparisons` (Bonferroni). For p-values there is `holm`.
+      comparisons: how many intervals have to hold together at that level; each has the level
+        `1 - (1 - level) / comparisons` (Bonferroni).
 
     Returns:
-      `a - b`; exchanging them gives the negative, whatever the seed.
+      `a - b`; exchanging the schemes gives the negative, whatever the seed.
 
     Raises:
-      ValueError: arrays that do not fit, a level outside (0, 1), or too few draws for it.
+      ValueError: if the arrays do not fit, the level is outside (0, 1), or the draws are too few
+        for it.
     """
     a, b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
     if a.ndim != 2 or a.shape != b.shape or not a.size:
@@ -87,7 +78,7 @@ def paired_bootstrap(
             f"least {int(np.ceil(1 / tail))}."
         )
     d = a.astype(np.int64) - b
-    # The draws are made for the difference that begins with a positive entry.
+    # The draws are for the difference whose first nonzero entry is positive.
     sign = int(d.flat[(d != 0).argmax()]) or 1
     sums = sign * _resampled(sign * d, np.random.default_rng(seed), draws)
     low, high = np.quantile(sums, [tail, 1 - tail]) / d.size
@@ -96,68 +87,21 @@ def paired_bootstrap(
     return Difference(float(d.mean()), float(low), float(high), p)
 
 
-def holm(p_values: ArrayLike) -> np.ndarray:
-    """P-values that may each be compared with the level of all comparisons together.
-
-    The k-th smallest of m is multiplied by m - k + 1, and is no smaller than those before it (Holm,
-    Scandinavian Journal of Statistics 1979, https://www.jstor.org/stable/4615733). Nothing is
-    assumed of how the tests depend on each other.
-
-    Args:
-      p_values: `[m]`.
-
-    Returns:
-      `[m]`, adjusted, in the order given.
-
-    Raises:
-      ValueError: not a list of numbers in [0, 1].
-    """
-    p = np.asarray(p_values, np.float64)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"p-values {p.tolist()}; give a list of numbers in [0, 1].")
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return adjusted
-
-
-def interval_over_seeds(values: ArrayLike) -> Interval:
-    """Mean over training seeds with its 95 % interval by Student's t.
-
-    Right for values that are about normal from seed to seed. With three seeds the ends are 2.5
-    standard deviations away, with five 1.2.
-
-    Args:
-      values: `[S]`, one number a seed.
-
-    Raises:
-      ValueError: no values, or not a list of them.
-    """
-    v = np.asarray(values, np.float64)
-    if v.ndim != 1 or not len(v):
-        raise ValueError(f"values {v.shape}; give one number for each of at least one seed.")
-    mean = float(v.mean())
-    if len(v) == 1:
-        return Interval(mean, np.nan, np.nan)
-    half = float(stdtrit(len(v) - 1, 0.975) * v.std(ddof=1) / np.sqrt(len(v)))
-    return Interval(mean, mean - half, mean + half)
-
-
 def _resampled(d: np.ndarray, random: np.random.Generator, draws: int) -> np.ndarray:
     """`[draws]` int, sums of `d` `[S, N]` over samples and seeds drawn with replacement.
 
-    With the seeds drawn, a sample adds a whole number in [-S, S]. So no index is drawn, but how
-    often each of these few numbers comes, for all draws at once in which the seeds came equally
-    often.
+    Once the seeds are drawn, a sample adds a whole number in [-S, S]. So instead of indices, the
+    counts of these few numbers are drawn, for all draws at once that drew the seeds equally often.
     """
     seeds, samples = d.shape
-    patterns, times = np.unique(d, axis=1, return_counts=True)
+    patterns, counts = np.unique(d, axis=1, return_counts=True)
     drawn = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws)
     weights, repeats = np.unique(drawn, axis=0, return_counts=True)
     values = np.arange(-seeds, seeds + 1)
     sums = []
     for weight, repeat in zip(weights, repeats, strict=True):
-        count = np.bincount(weight @ patterns + seeds, times, len(values))
-        some = np.flatnonzero(count)
-        sums.append(random.multinomial(samples, count[some] / samples, repeat) @ values[some])
+        count = np.bincount(weight @ patterns + seeds, counts, len(values))
+        nonzero = np.flatnonzero(count)
+        draw = random.multinomial(samples, count[nonzero] / samples, repeat)
+        sums.append(draw @ values[nonzero])
     return np.concatenate(sums)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from eejax.policies.agreement import patience
-from eejax.policies.base import NoParams, Policy, Rule, check_thresholds, make
+from eejax.policies.base import NoParams, Policy, Rule, check_costs, check_thresholds, make
 from eejax.policies.baselines import RANDOM, fixed, random
 from eejax.policies.confidence import confidence_threshold, entropy, gate, margin, max_prob
 from eejax.policies.ensembles import (
@@ -35,6 +35,7 @@ __all__ = [
     "NoParams",
     "Policy",
     "Rule",
+    "check_costs",
     "check_thresholds",
     "confidence_threshold",
     "entropy",

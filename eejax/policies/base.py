@@ -1,4 +1,4 @@
-"""What a policy is, and the thresholds that its scores are compared with.
+"""What a policy is, and the checks of thresholds and costs that everything around it shares.
 
 A sample leaves at exit e if `score_e >= threshold_e`, and at the last exit if it left at none
 before. So one search for thresholds, one router and one set of executors serve every policy. A
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from numpy.typing import ArrayLike
 
 from eejax.network import ExitOutput, PyTree
 from eejax.trace import Trace
@@ -97,6 +98,21 @@ def stateless(
         return output.logits, score(output), state
 
     return Policy(Rule(name, lambda params, batch_size: (), step, needs_gate=needs_gate))
+
+
+def check_costs(cost: ArrayLike, exits: int) -> np.ndarray:
+    """Cumulative costs as float64 `[E]`.
+
+    Raises:
+      ValueError: if there is not one for each exit, or they are not positive and increasing.
+    """
+    c = np.asarray(cost, np.float64)
+    if c.shape != (exits,) or not (np.diff(c) >= 0).all() or not (c > 0).all():
+        raise ValueError(
+            f"costs {c.tolist()} for {exits} exits; give {exits} cumulative costs, positive and "
+            "increasing."
+        )
+    return c
 
 
 def check_thresholds(thresholds: Iterable[float], exits: int) -> np.ndarray:

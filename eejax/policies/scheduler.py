@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 
 from eejax.gates import log_exit_distribution
 from eejax.network import ExitOutput, PyTree
-from eejax.policies.base import Policy, Rule, make
+from eejax.policies.base import Policy, Rule, check_costs, make
 from eejax.policies.confidence import entropy, margin, max_prob
 from eejax.trace import Trace
 
@@ -119,12 +119,8 @@ def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
     """
     if not len(trace.labels):
         raise ValueError("an empty trace; give held-out samples.")
-    c = np.asarray(cost, np.float64)
     exits = trace.logits.shape[1]
-    if c.shape != (exits,) or not (np.diff(c) >= 0).all() or not (c > 0).all():
-        raise ValueError(
-            f"costs {c.tolist()} for {exits} exits; give {exits}, positive and increasing."
-        )
+    c = check_costs(cost, exits)
     outputs = ExitOutput(
         jnp.asarray(trace.logits, jnp.float32).swapaxes(0, 1), jnp.asarray(trace.gates).T, ()
     )

@@ -1,12 +1,11 @@
 """Is a mean below a limit? p-values, intervals and selections that hold at every sample size.
 
-All are about means of losses in [0, 1] that are independent draws from one distribution, of which
-nothing else is assumed. A p-value here is of the hypothesis that the mean is *above* a limit: where
-it is at most delta the mean is said to be below, and in at most a fraction delta of all draws that
-is wrong.
+The losses are independent draws from one distribution on [0, 1]; nothing else is assumed. A p-value
+here tests the hypothesis that the mean is *above* a limit. If it is at most delta, the mean is
+called below the limit, which is wrong in at most a fraction delta of all draws.
 
-`fixed_sequence` and `conformal` go along a path of candidates, the safest first, and count how many
-of them pass before the first one that does not.
+`fixed_sequence` and `conformal` test a path of candidates, the safest first, and count how many
+pass before the first one that does not.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def hoeffding_bentkus(mean: ArrayLike, n: int, risk: float) -> np.ndarray:
       `[...]` float64.
 
     Raises:
-      ValueError: a mean or a risk out of range, or no samples.
+      ValueError: if a mean or the risk is out of range, or there are no samples.
     """
     m = np.asarray(mean, np.float64)
     check_unit("mean losses", m)
@@ -65,8 +64,8 @@ def betting(losses: ArrayLike, risk: float, delta: float = 0.1) -> np.ndarray:
     betting*, JRSS B 2024, https://arxiv.org/abs/2010.09686.
 
     Args:
-      losses: `[..., N]` in [0, 1], each row in an order that has nothing to do with the losses: a
-        split sorted by class is to be shuffled first.
+      losses: `[..., N]` in [0, 1], in an order that is independent of the losses: shuffle a split
+        that is sorted by class.
       risk: the limit, in (0, 1).
       delta: the level for which the bets are sized. The p-value holds whatever it is.
 
@@ -74,7 +73,7 @@ def betting(losses: ArrayLike, risk: float, delta: float = 0.1) -> np.ndarray:
       `[...]` float64, one over the largest capital on the way.
 
     Raises:
-      ValueError: losses, a risk or a delta out of range, or no samples.
+      ValueError: if losses, risk or delta are out of range, or there are no samples.
     """
     x = _checked(losses)
     _check_open("risk", risk)
@@ -91,14 +90,14 @@ def interval(losses: ArrayLike, confidence: float = 0.9) -> tuple[np.ndarray, np
     the first part of the losses, they would shut it out.
 
     Args:
-      losses: `[..., N]` in [0, 1], in an order that has nothing to do with the losses.
+      losses: `[..., N]` in [0, 1], in an order that is independent of the losses.
       confidence: in (0, 1), of both limits together.
 
     Returns:
       `(low, high)`, `[...]` float64 each, within [0, 1].
 
     Raises:
-      ValueError: losses or a confidence out of range, or no samples.
+      ValueError: if losses or confidence are out of range, or there are no samples.
     """
     x = _checked(losses)
     _check_open("confidence", confidence)
@@ -123,7 +122,7 @@ def fixed_sequence(p_values: np.ndarray, delta: float) -> np.ndarray:
       `[...]` int, from 0 to K.
 
     Raises:
-      ValueError: a delta out of range.
+      ValueError: if delta is out of range.
     """
     _check_open("delta", delta)
     return np.logical_and.accumulate(p_values <= delta, axis=-1).sum(-1)
@@ -146,7 +145,7 @@ def conformal(losses: ArrayLike, risk: float) -> np.ndarray:
       `[...]` int, from 0 to K.
 
     Raises:
-      ValueError: losses or a risk out of range, or no samples.
+      ValueError: if losses or risk are out of range, or there are no samples.
     """
     x = _checked(losses)
     _check_open("risk", risk)

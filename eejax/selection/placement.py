@@ -1,17 +1,17 @@
-"""Which of a trained network's exits to keep, at a budget that is counted or measured.
+"""Which exits of a trained network to keep, for a budget in counted or measured cost.
 
-Every exit costs its head, and an exit that few samples can use well is worth less than that. A
-threshold of +inf switches it off and still pays for its head; dropping it does not. And a network
-trained with many exits is a family of networks with fewer, `EarlyExitNetwork.keeping`, and one
-trace of it has what all of them say. So each subset's thresholds are searched on the trace
-restricted to it, at its own costs.
+Every exit costs its head, and an exit that few samples can use well is not worth that cost. A
+threshold of +inf switches an exit off but still pays for its head; dropping the exit does not. A
+network trained with many exits contains the networks with fewer (`EarlyExitNetwork.keeping`), and
+one trace of it holds the outputs of all of them. So thresholds are searched for every subset of the
+exits, on the trace restricted to the subset and at the costs of the subset.
 
-How many exits a backbone gets, and where, is one of the design steps of Laskaridis, Kouris, Lane,
+The number and the places of the exits are among the design steps of Laskaridis, Kouris, Lane,
 *Adaptive inference through early-exit networks: design, challenges and directions*, EMDL 2021,
-https://arxiv.org/abs/2106.05022. The search here is this project's own.
+https://arxiv.org/abs/2106.05022. The search here is not from a paper.
 
-Not for heads that read each other's `memory`: their trace was recorded with all of them, and
-`keeping` refuses to run them with one missing.
+The heads must not read each other's `memory`: their trace was recorded with all of them, and
+`keeping` raises an error if one is missing.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from eejax.trace import Trace
 
 
 class Placement(NamedTuple):
-    """Exits to keep and their thresholds, and what they come to on the data they were chosen on.
+    """Exits to keep, with thresholds, accuracy and cost on the data they were chosen on.
 
     Attributes:
-      exits: those kept, 0-based and increasing; the network's last one is always among them.
+      exits: 0-based and increasing; the last exit of the network is always kept.
       thresholds: `[len(exits) - 1]` float32, for the kept network.
       accuracy: on the held-out trace, never a result.
       mean_cost: on the held-out trace, in the unit of the costs.
-      whole: what all exits come to at the same budget; None where the first exit of all is over it.
+      whole: the choice with all exits at the same budget; None if the first exit is over budget.
       search: `"exhaustive"` or `"greedy"`.
-      looked_at: how many subsets were tried.
+      looked_at: the number of subsets tried.
     """
 
     exits: tuple[int, ...]
@@ -62,29 +62,29 @@ def choose_exits(
 ) -> Placement:
     """The exits to keep, with thresholds, of highest held-out accuracy at a mean cost of `budget`.
 
-    The last exit is always kept. With few exits all subsets of the others are tried. With many the
-    search climbs from the last exit alone, one exit added at a time, and where that gains nothing
-    one dropped or exchanged; should all exits together be better than what it finds, it climbs on
-    from there. Of equally accurate subsets the smaller one wins, then the cheaper one. Nothing is
-    random, and the result is never worse on the trace than all exits are.
+    The last exit is always kept. With few exits all subsets of the others are tried. With many, a
+    greedy search starts from the last exit alone and adds one exit at a time; where that gains
+    nothing, it drops or exchanges one. If all exits together are better than its result, it starts
+    again from there. Of equally accurate subsets the smaller one wins, then the cheaper one.
+    Nothing is random, and on the trace the result is never worse than all exits.
 
-    With measured costs (`benchmark.seconds`) the budget is in seconds for their batch, and the mean
-    cost that of batches which leave as a whole; how near an executor comes to it is to be measured.
+    With measured costs (`benchmark.seconds`) the budget is in seconds for a batch, and the mean
+    cost is that of batches that leave as a whole; measure how close an executor comes to it.
 
     Args:
       trace: N held-out samples, E exits.
-      policy: `policy(exits)` makes the policy for these exits; `unchanged(max_prob)`, say, or
+      policy: `policy(exits)` is the policy for these exits: `unchanged(max_prob)`, say, or
         `lambda exits: with_temperatures(max_prob, temperatures[list(exits)])`.
       costs: of the whole network, in any unit.
       budget: in that unit.
-      exhaustive_up_to: how many subsets there may be for all to be tried: 64 is seven exits.
+      exhaustive_up_to: the largest number of subsets of which all are tried: 64 is seven exits.
 
     Raises:
-      ValueError: a bare policy, costs for another number of exits, or a budget that no subset can
-        keep.
+      ValueError: if `policy` is a policy itself, the costs are for another number of exits, or no
+        subset can keep the budget.
     """
     if isinstance(policy, Policy):
-        # It would be right for some policies, and silently wrong for one that counts the exits.
+        # It would be correct for some policies, and silently wrong for one that counts exits.
         raise ValueError("a policy by itself; give `unchanged(policy)`, or a function of exits.")
     exits = trace.logits.shape[1]
     if len(costs.stages) != exits or len(costs.heads) != exits:
@@ -125,19 +125,19 @@ def choose_exits(
 
 
 def unchanged(policy: Policy) -> Callable[[tuple[int, ...]], Policy]:
-    """The same policy whichever exits are kept; for one that has no number of its own an exit."""
+    """The same policy for all subsets, for a policy without parameters for each exit."""
     return lambda exits: policy
 
 
 def keep_trace(trace: Trace, exits: Sequence[int]) -> Trace:
-    """The trace that `network.keeping(exits)` would give, out of the whole network's.
+    """The trace that `network.keeping(exits)` would record, from that of the whole network.
 
     Args:
       trace: N samples, E exits.
       exits: 0-based and increasing.
 
     Raises:
-      ValueError: none, one that does not exist, or not in order.
+      ValueError: if there are no exits, one does not exist, or they are not in order.
     """
     kept = [b - 1 for _, b in kept_groups(exits, trace.logits.shape[1])]
     return trace._replace(logits=trace.logits[:, kept], gates=trace.gates[:, kept])
@@ -150,7 +150,7 @@ def _thresholds(
     budget: float,
     kept: tuple[int, ...],
 ) -> Choice | None:
-    """The best thresholds for some exits; None where leaving at the first is over the budget."""
+    """The best thresholds for some exits; None if leaving at the first is over the budget."""
     cumulative = costs.keeping(kept).cumulative
     if not budget >= cumulative[0]:
         return None
@@ -162,14 +162,14 @@ def _thresholds(
 def _subsets(exits: int) -> list[tuple[int, ...]]:
     """All subsets of the exits that hold the last one."""
     early = range(exits - 1)
-    chosen = (itertools.combinations(early, count) for count in range(exits))
-    return [(*some, exits - 1) for some in itertools.chain.from_iterable(chosen)]
+    subsets = (itertools.combinations(early, count) for count in range(exits))
+    return [(*subset, exits - 1) for subset in itertools.chain.from_iterable(subsets)]
 
 
 def _climb(
     start: tuple[int, ...], exits: int, order: Callable[[tuple[int, ...]], tuple]
 ) -> tuple[int, ...]:
-    """From subset to subset, by the best change of one exit, until none is for the better."""
+    """From subset to subset, by the best change of one exit, until no change is better."""
     best = start
     while True:
         early = set(best[:-1])
@@ -178,9 +178,9 @@ def _climb(
         dropped = [early - {e} for e in early]
         exchanged = [early - {out} | {into} for out in early for into in others]
         for changes in (added, dropped + exchanged):
-            found = min([(*sorted(c), exits - 1) for c in changes] + [best], key=order)
-            if found != best:
-                best = found
+            better = min([(*sorted(c), exits - 1) for c in changes] + [best], key=order)
+            if better != best:
+                best = better
                 break
         else:
             return best
