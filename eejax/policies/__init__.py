@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import numpy as np
 from numpy.typing import ArrayLike
 
+from eejax.policies import scheduler
 from eejax.policies.agreement import patience
 from eejax.policies.base import NoParams, Policy, Rule, check_costs, check_thresholds, make
 from eejax.policies.baselines import RANDOM, fixed, random
@@ -26,7 +27,6 @@ from eejax.policies.ensembles import (
     vote,
     ztw,
 )
-from eejax.policies.scheduler import SCHEDULER
 from eejax.policies.temperature import TEMPERATURE, fit_temperatures, with_temperatures
 from eejax.trace import Trace
 
@@ -52,6 +52,7 @@ __all__ = [
     "patience",
     "product_of_experts",
     "random",
+    "scheduler",
     "to_arrays",
     "vote",
     "with_temperatures",
@@ -68,7 +69,7 @@ _TABLE = (
     MEAN_OF_EXPERTS,
     PRODUCT_OF_EXPERTS,
     ZTW,
-    SCHEDULER,
+    scheduler.SCHEDULER,
     fixed.rule,
     RANDOM,
 )
