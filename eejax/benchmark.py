@@ -91,15 +91,19 @@ class BenchmarkEntry(NamedTuple):
 
 
 def plain_entry(
-    network: EarlyExitNetwork, variables: Variables, batches: Sequence[np.ndarray]
+    programs: Sequence[Callable[[Any], Any]], batches: Sequence[np.ndarray]
 ) -> BenchmarkEntry:
-    """The plain network in all its compiled forms, on `batches` of `[B, ...]` host images."""
+    """The plain network on `batches` of host images, `[B, ...]` each.
 
-    def serve(program: Callable[[Any], jax.Array]) -> Callable[[], Any]:
+    Args:
+      programs: forms of it, of `plain_programs` or `fastest_plain`.
+      batches: all are served in one call.
+    """
+
+    def serve(program: Callable[[Any], Any]) -> Callable[[], Any]:
         return lambda: [np.asarray(program(images)) for images in batches]
 
-    calls = [serve(program) for program in plain_programs(network, variables)]
-    return BenchmarkEntry("plain", calls, sum(map(len, batches)))
+    return BenchmarkEntry("plain", [serve(p) for p in programs], sum(map(len, batches)))
 
 
 def predictor_entry(

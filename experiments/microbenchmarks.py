@@ -1,7 +1,7 @@
 """Small measurements behind the choices that docs/inference.md and docs/architecture.md describe.
 
-python -m experiments.trials                # all of them, a few minutes
-python -m experiments.trials depth packing  # some
+python -m experiments.microbenchmarks                # all, a few minutes
+python -m experiments.microbenchmarks depth packing  # some
 """
 
 from __future__ import annotations
@@ -28,25 +28,21 @@ from eejax.network import EarlyExitNetwork, ExitOutput, Variables, normalise
 Line = tuple[str, float, str]
 
 
-def arguments() -> Iterator[Line]:
-    """What handing over the variables of ResNet-56 costs a call that does nothing with them."""
-    network, variables, image = _resnet()
-    del network
+def dispatch() -> Iterator[Line]:
+    """The time of a call that takes the variables of ResNet-56 and does nothing with them."""
+    _, variables, image = _resnet()
 
     def nothing(variables: Variables, image: Array) -> Array:
         return image.sum()
 
-    handed = jax.jit(nothing, keep_unused=True)
-    without = bound(nothing, variables)
-    calls = [lambda: handed(variables, image), lambda: without(image)]
+    passed, constant = jax.jit(nothing, keep_unused=True), bound(nothing, variables)
+    calls = [lambda: passed(variables, image), lambda: constant(image)]
     leaves = len(jax.tree.leaves(variables))
-    times = np.median(benchmark.paired_seconds(calls, 50), axis=1)
-    yield f"{leaves} arrays as arguments", 1e3 * times[0], "ms"
-    yield "bound", 1e3 * times[1], "ms"
+    yield from _timed([f"{leaves} arrays as arguments", "as constants"], calls, 50)
 
 
 def heads() -> Iterator[Line]:
-    """ResNet-56 with its last head, and with all four, by how they take the mean over the image."""
+    """ResNet-56 with its last head, and with all four, by the form of the mean over the image."""
     network, variables, image = _resnet()
 
     def mean(x: Array) -> Array:
@@ -76,13 +72,11 @@ def heads() -> Iterator[Line]:
         for pool, first in kinds.values():
             compiled = bound(functools.partial(run, pool=pool, first=first), variables)
             calls.append(functools.partial(compiled, images))
-        times = np.median(benchmark.paired_seconds(calls, 20 if batch == 1 else 15), axis=1)
-        for name, seconds in zip(kinds, times, strict=True):
-            yield f"batch {batch}, {name}", 1e3 * seconds, "ms"
+        yield from _timed([f"batch {batch}, {name}" for name in kinds], calls, 20)
 
 
 def scores() -> Iterator[Line]:
-    """A policy's score of ten logits, as a program of its own, beside one that does nothing."""
+    """A policy's score of ten logits, as a separate program, beside one that does nothing."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 10)).astype(np.float32))
 
     def step(logits: Array, policy: Any) -> Any:
@@ -92,13 +86,12 @@ def scores() -> Iterator[Line]:
         functools.partial(jax.jit(functools.partial(step, policy=policy)), logits)
         for policy in (gate, max_prob)
     ]
-    times = np.median(benchmark.paired_seconds(calls, 100), axis=1)
-    yield "gate (nothing is computed)", 1e6 * times[0], "us"
-    yield "max_prob", 1e6 * times[1], "us"
+    for name, ms, _ in _timed(["gate (nothing is computed)", "max_prob"], calls, 100):
+        yield name, 1e3 * ms, "us"
 
 
 def packing() -> Iterator[Line]:
-    """256 rows of 64 KiB, of which 60 % go on, tile by tile into a fresh buffer."""
+    """Packing the 60 % survivors of 256 rows of 64 KiB, tile by tile, into a new buffer."""
     random, size = np.random.default_rng(0), 32
     rows = jnp.asarray(random.random((256, 32, 32, 16), np.float32))
     keep = jnp.asarray(random.random(256) < 0.6)
@@ -119,11 +112,11 @@ def packing() -> Iterator[Line]:
     def copies(buffer: Array, tile: Array, flags: Array, at: Array) -> Array:
         which, count = order(flags), flags.sum(dtype=jnp.int32)
 
-        def one(i: Array, buffer: Array) -> Array:
+        def copy(i: Array, buffer: Array) -> Array:
             row = lax.dynamic_slice_in_dim(tile, which[i], 1)
             return lax.dynamic_update_slice_in_dim(buffer, row, at + i, 0)
 
-        return lax.fori_loop(0, count, one, buffer)
+        return lax.fori_loop(0, count, copy, buffer)
 
     def product(buffer: Array, tile: Array, flags: Array, at: Array) -> Array:
         matrix = order(flags)[:, None] == jnp.arange(size)[None]
@@ -132,11 +125,11 @@ def packing() -> Iterator[Line]:
 
     def run(rows: Array, keep: Array, write: Callable[..., Array]) -> Array:
         def step(carry: Any) -> Any:
-            done, kept, buffer = carry
+            done, num_survivors, buffer = carry
             tile = lax.dynamic_slice_in_dim(rows, done, size) + 1
             flags = lax.dynamic_slice_in_dim(keep, done, size)
-            buffer = write(buffer, tile, flags, kept)
-            return done + size, kept + flags.sum(dtype=jnp.int32), buffer
+            buffer = write(buffer, tile, flags, num_survivors)
+            return done + size, num_survivors + flags.sum(dtype=jnp.int32), buffer
 
         start = (jnp.int32(0), jnp.int32(0), jnp.zeros_like(rows))
         return lax.while_loop(lambda carry: carry[0] < len(rows), step, start)[2]
@@ -147,8 +140,7 @@ def packing() -> Iterator[Line]:
     for write in ways.values():
         compiled = jax.jit(functools.partial(run, write=write), compiler_options=compiler_options())
         calls.append(functools.partial(compiled, rows, keep))
-    for name, seconds in zip(ways, np.median(benchmark.paired_seconds(calls, 30), 1), strict=True):
-        yield name, 1e3 * seconds, "ms"
+    yield from _timed(list(ways), calls, 30)
 
 
 def depth() -> Iterator[Line]:
@@ -170,12 +162,12 @@ def depth() -> Iterator[Line]:
             start = time.perf_counter()
             program.lower(shapes, jnp.zeros(blocks - 1), images).compile()
             seconds.setdefault((name, blocks), []).append(time.perf_counter() - start)
-    for (name, blocks), each in seconds.items():
-        yield f"{name}, {blocks} blocks", float(np.median(each)), "s"
+    for (name, blocks), times in seconds.items():
+        yield f"{name}, {blocks} blocks", float(np.median(times)), "s"
 
 
 def depthwise() -> Iterator[Line]:
-    """A depthwise convolution as XLA's, and as a sum of shifted images, and their gradients."""
+    """A depthwise convolution by XLA and as a sum of shifted images, and their gradients."""
     for batch, side, width, size in (
         (1, 8, 384, 3),
         (8, 32, 96, 3),
@@ -195,29 +187,36 @@ def depthwise() -> Iterator[Line]:
                 compiled = jax.jit(function, compiler_options=compiler_options())
                 calls.append(functools.partial(compiled, x, kernel))
                 names.append(f"{batch}x{side}x{side}x{width}, {size}x{size}, {name}{kind}")
-        for name, seconds in zip(
-            names, np.median(benchmark.paired_seconds(calls, 5), axis=1), strict=True
-        ):
-            yield name, 1e3 * seconds, "ms"
+        yield from _timed(names, calls, 5)
 
 
-TRIALS = {f.__name__: f for f in (arguments, heads, scores, packing, depth, depthwise)}
+BENCHMARKS = {f.__name__: f for f in (dispatch, heads, scores, packing, depth, depthwise)}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the trials named, or all."""
+    """Runs the microbenchmarks that are named, or all; returns the exit status."""
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n" + "\n".join(f"{n}: {f.__doc__}" for n, f in TRIALS.items()))
+        print(f"{__doc__}\n" + "\n".join(f"{n}: {f.__doc__}" for n, f in BENCHMARKS.items()))
         return 0
-    unknown = [name for name in argv if name not in TRIALS]
+    unknown = [name for name in argv if name not in BENCHMARKS]
     if unknown:
-        print(f"error: no trial {unknown[0]}; give some of {', '.join(TRIALS)}.", file=sys.stderr)
+        print(
+            f"error: no microbenchmark {unknown[0]}; give some of {', '.join(BENCHMARKS)}.",
+            file=sys.stderr,
+        )
         return 2
-    for name in argv or TRIALS:
-        print(f"{name}: {TRIALS[name].__doc__}", flush=True)
-        for what, value, unit in TRIALS[name]():
+    for name in argv or BENCHMARKS:
+        print(f"{name}: {BENCHMARKS[name].__doc__}", flush=True)
+        for what, value, unit in BENCHMARKS[name]():
             print(f"  {what:44s} {value:8.3f} {unit}", flush=True)
     return 0
+
+
+def _timed(
+    names: Sequence[str], calls: Sequence[Callable[[], Any]], repeats: int
+) -> Iterator[Line]:
+    times = 1e3 * np.median(benchmark.paired_seconds(calls, repeats), axis=1)
+    yield from ((name, float(ms), "ms") for name, ms in zip(names, times, strict=True))
 
 
 def _resnet() -> tuple[EarlyExitNetwork, Variables, Array]:

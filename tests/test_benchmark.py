@@ -120,7 +120,8 @@ def test_entries_serve_every_batch_and_the_plain_network_returns_its_labels():
     network = toys.network(3)
     images = toys.some_images(0, 6)
     variables = toys.variables(network)
-    plain = benchmark.plain_entry(network, variables, [images[:3], images[3:]])
+    programs = benchmark.plain_programs(network, variables)
+    plain = benchmark.plain_entry(programs, [images[:3], images[3:]])
     labels = np.asarray(network.apply_plain(variables, jnp.asarray(images)).argmax(-1))
     assert plain.images == 6
     for call in plain.calls:

@@ -1,11 +1,16 @@
 """The commands around the latency benchmark: what they print, and how they refuse."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import toys
 
-from experiments import deadlines
-from experiments import microbenchmarks as trials
+from eejax import max_prob
+from eejax.inference import deadline as inference_deadline
+from experiments import deadlines, microbenchmarks
+from experiments.latency.workload import Workload
 
 
 def test_deadlines_are_reported(digits_run, tmp_path, capsys):
@@ -26,13 +31,13 @@ def test_deadlines_are_reported(digits_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--calls", "0"], "positive numbers"),
+        (["--calls", "0"], "calls: 0"),
         (["--milliseconds", "-1"], "positive numbers"),
         (["--depth", "7"], "6n + 2"),
         (["--network", "fast", "--depth", "7"], "the family fast takes none"),
-        (["--network", "fast", "--json", "nowhere/rows.json"], "no such directory"),
+        (["--network", "nonsense"], "nonsense is no family"),
         (["--run", "nowhere"], "experiments.cifar"),
-        (["--json", "nowhere/rows.json"], "no such directory"),
+        (["--json", "nowhere/rows.json"], "no directory nowhere"),
     ],
 )
 def test_a_mistake_is_one_line(flags, words, capsys):
@@ -42,15 +47,41 @@ def test_a_mistake_is_one_line(flags, words, capsys):
     assert words in message
 
 
-def test_a_trial_prints_its_figures(capsys):
-    assert trials.main(["scores"]) == 0
+def test_default_deadlines_count_the_time_outside_of_the_stages_once(monkeypatch):
+    """On a clock that every look at it sets forward by a second.
+
+    Each stage is then one second, and a call two more: from its begin to its first stage, and from
+    its last stage to its end.
+    """
+    clock = [0.0]
+
+    def tick():
+        clock[0] += 1
+        return clock[0]
+
+    monkeypatch.setattr(inference_deadline, "time", SimpleNamespace(perf_counter=tick))
+    network, images = toys.network(3), toys.some_images(0, 2)
+    scores = np.zeros((2, 3), np.float32)
+    workload = Workload("toy", network, toys.variables(network), max_prob, images, scores)
+    rows = deadlines.measure(workload, (), 2)
+    expected = [0.5 * 3000, 1.1 * 3000, 1.1 * 4000, 1.1 * 5000]
+    assert [row["deadline_ms"] for row in rows] == pytest.approx(expected)
+
+
+def test_every_family_may_be_served(capsys):
+    assert deadlines.main(["--network", "lenet", "--calls", "2"]) == 0
+    assert "random lenet" in capsys.readouterr().out
+
+
+def test_a_microbenchmark_prints_its_figures(capsys):
+    assert microbenchmarks.main(["scores"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("scores: ")
     assert [line.split()[-1] for line in shown[1:]] == ["us", "us"]
 
 
-def test_a_trial_that_does_not_exist_is_refused(capsys):
-    assert trials.main(["nonsense"]) == 2
-    assert "no trial nonsense; give some of arguments" in capsys.readouterr().err
-    assert trials.main(["--help"]) == 0
+def test_a_microbenchmark_that_does_not_exist_is_refused(capsys):
+    assert microbenchmarks.main(["nonsense"]) == 2
+    assert "no microbenchmark nonsense; give some of dispatch" in capsys.readouterr().err
+    assert microbenchmarks.main(["--help"]) == 0
     assert "packing" in capsys.readouterr().out

@@ -2,27 +2,26 @@
 
 import functools
 import json
-import shutil
 
 import numpy as np
 import pytest
 
-import eejax
+from eejax.inference import EXECUTORS
 from experiments.latency import __main__ as latency
 from experiments.latency import rows as latency_rows
 from experiments.latency import strategies as latency_strategies
-from experiments.latency import subject as latency_subject
-from experiments.latency.flags import parse, rates_of
-from experiments.latency.reference import break_even
-from experiments.latency.subject import imposed, shares
+from experiments.latency.arguments import parse
+from experiments.latency.distributions import exit_counts, exit_rates, imposed_thresholds
+from experiments.latency.rows import break_even
 
 KEYS = {
-    *("network", "strategy", "batch", "distribution", "ms", "spread", "full_ms", "full_best_ms"),
-    *("ideal_ms", "efficiency", "speedup", "peak_bytes", "device", "speedup_best", "break_even"),
-    *("exit_fractions", "seed", "versions", "command", "date"),
+    *("network", "strategy", "batch", "distribution", "ms", "spread", "plain_ms", "ideal_ms"),
+    *("efficiency", "speedup", "plain_best_ms", "plain_best_batch", "ideal_best_ms"),
+    *("efficiency_best", "speedup_best", "break_even", "peak_bytes", "exit_fractions"),
+    *("device", "seed", "versions", "command", "date"),
 }
 TINY = ["--network", "fast", "--width", "2", "--image-size", "8", "--repeats", "2"]
-TINY += ["--exits", "3", "--full-best-batches", "1"]
+TINY += ["--exits", "3", "--plain-batches", "1"]
 
 
 def rows_in(path):
@@ -72,18 +71,22 @@ def test_every_strategy_has_a_row_at_every_batch_and_distribution(rows):
 def test_rows_say_everything_and_agree_with_themselves(rows):
     for row in rows:
         assert set(row) >= KEYS
-        for name in ("ms", "full_ms", "full_best_ms", "ideal_ms"):
+        for name in ("ms", "plain_ms", "plain_best_ms", "ideal_ms", "ideal_best_ms"):
             assert row[name] > 0
+        best = row["plain_best_ms"] / row["plain_ms"]
+        assert best <= 1
+        assert row["speedup"] == pytest.approx(row["plain_ms"] / row["ms"])
         assert row["efficiency"] == pytest.approx(row["ideal_ms"] / row["ms"])
-        assert row["speedup"] == pytest.approx(row["full_ms"] / row["ms"])
-        assert row["speedup_best"] == pytest.approx(row["full_best_ms"] / row["ms"])
+        for name in ("speedup", "efficiency", "ideal"):
+            unit = "_ms" if name == "ideal" else ""
+            assert row[f"{name}_best{unit}"] == pytest.approx(best * row[name + unit])
         assert row["spread"] >= 0
         assert sum(row["exit_fractions"]) == pytest.approx(1)
-        assert row["full_best_batch"] <= row["batch"]
+        assert row["plain_best_batch"] <= row["batch"]
         if row["distribution"] == "last":
-            assert row["ideal_ms"] == pytest.approx(row["full_best_ms"])
+            assert row["ideal_ms"] == pytest.approx(row["plain_ms"])
         if row["batch"] == 1:
-            assert row["full_ms"] == row["full_best_ms"]
+            assert row["plain_ms"] == row["plain_best_ms"]
         assert row["command"].startswith("python -m experiments.latency")
         assert (row["strategy"], row["batch"]) != ("cond", 1) or row["overhead_ms"] > 0
         if row["strategy"] in ("full", "cond", "compact"):
@@ -99,7 +102,7 @@ def test_images_leave_where_the_distribution_says(rows):
         if row["distribution"] in ("first", "last"):
             assert row["exit_fractions"][0 if row["distribution"] == "first" else -1] == 1
         if row["distribution"] == "trained":
-            wanted = rates_of("trained", 2)
+            wanted = exit_rates("trained", 2)
             pool = 64 if row["batch"] == 1 else row["batch"]
             np.testing.assert_allclose(row["exit_fractions"], wanted, atol=1 / pool)
 
@@ -109,24 +112,24 @@ def test_the_picture_is_written(measured):
 
 
 @pytest.fixture
-def made_once(monkeypatch):
-    """The network is made once for all tests that have this."""
-    made = _subject()
-    monkeypatch.setattr(latency_subject, "subject", lambda arguments: made)
+def one_workload(monkeypatch):
+    """The network is built once for all tests that have this."""
+    workload = _workload()
+    monkeypatch.setattr(latency, "workload", lambda arguments: workload)
 
 
 @functools.cache
-def _subject():
-    return latency_subject.subject(parse([*TINY, "--batches", "2", "--images", "8"]))
+def _workload():
+    return latency.workload(parse([*TINY, "--batches", "2", "--images", "8"]))
 
 
-@pytest.mark.usefixtures("made_once")
+@pytest.mark.usefixtures("one_workload")
 def test_a_strategy_that_fails_costs_its_rows_only(tmp_path, monkeypatch, capsys):
 
     def broken(*_, **__):
         raise RuntimeError("it is\nbroken")
 
-    monkeypatch.setattr(eejax, "compact", broken)
+    monkeypatch.setitem(EXECUTORS, "compact", broken)
     monkeypatch.setattr(latency_strategies, "stream", broken)
     path = tmp_path / "rows.json"
     flags = ["--strategies", "compact", "loop", "stream", "--batches", "2", "--images", "8"]
@@ -141,13 +144,13 @@ def test_a_strategy_that_fails_costs_its_rows_only(tmp_path, monkeypatch, capsys
     assert [row["strategy"] for row in rows_in(path)] == ["loop"]
 
 
-@pytest.mark.usefixtures("made_once")
+@pytest.mark.usefixtures("one_workload")
 def test_stopping_leaves_what_was_timed(tmp_path, monkeypatch, capsys):
 
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(latency_rows, "_stream_rows", stopped)
+    monkeypatch.setattr(latency_rows, "_streamed", stopped)
     path = tmp_path / "rows.json"
     flags = ["--strategies", "full", "stream", "--batches", "2", "--images", "8"]
     flags += ["--distributions", "last", "--json", str(path)]
@@ -156,10 +159,10 @@ def test_stopping_leaves_what_was_timed(tmp_path, monkeypatch, capsys):
     assert len(rows_in(path)) == 1
 
 
-def test_a_run_brings_its_network_policy_and_thresholds(digits_run, tmp_path, capsys):
+def test_a_run_brings_its_network_policy_and_thresholds(digits_run, tmp_path):
     path = tmp_path / "rows.json"
     flags = ["--strategies", "full", "--batches", "450", "--repeats", "1"]
-    flags += ["--full-best-batches", "450", "--distributions", "trained", "last"]
+    flags += ["--plain-batches", "450", "--distributions", "trained", "last"]
     assert latency.main(["--run", str(digits_run), *flags, "--json", str(path)]) == 0
     trained, last = rows_in(path)
     assert "digits" in trained["network"]
@@ -170,38 +173,32 @@ def test_a_run_brings_its_network_policy_and_thresholds(digits_run, tmp_path, ca
     chosen = next(p for p in policies if (p["name"], p["target"]) == ("max_prob", target))
     assert chosen["search"] != "geometric"
     np.testing.assert_allclose(trained["exit_fractions"], chosen["exit_fractions"], atol=2 / 450)
-    capsys.readouterr()
-    run = shutil.copytree(
-        digits_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")
-    )
-    assert latency.main(["--run", str(run), *flags]) == 2
-    assert "no checkpoint" in capsys.readouterr().err
 
 
 def test_thresholds_give_the_rates_exactly():
     scores = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
     for counts in ([80, 50, 30, 40], [0, 100, 0, 100], [200, 0, 0, 0], [0, 0, 0, 200]):
-        assert left(scores, imposed(scores, np.array(counts))) == counts
-    assert imposed(scores, np.array([200, 0, 0, 0]))[0] == -np.inf
-    assert (imposed(scores, np.array([0, 0, 0, 200])) == np.inf).all()
+        assert left(scores, imposed_thresholds(scores, np.array(counts))) == counts
+    assert imposed_thresholds(scores, np.array([200, 0, 0, 0]))[0] == -np.inf
+    assert (imposed_thresholds(scores, np.array([0, 0, 0, 200])) == np.inf).all()
 
 
 def test_thresholds_lie_half_way_and_ties_leave_together():
     scores = np.array([[4, 0], [3, 0], [1, 0], [1, 0], [0, 0]], np.float32)
-    assert imposed(scores, np.array([2, 3])).tolist() == [2]
-    assert left(scores, imposed(scores, np.array([3, 2]))) == [4, 1]
+    assert imposed_thresholds(scores, np.array([2, 3])).tolist() == [2]
+    assert left(scores, imposed_thresholds(scores, np.array([3, 2]))) == [4, 1]
     # Neighbours in float32: nothing lies between them.
     close = np.array([[1, 0], [np.nextafter(np.float32(1), np.float32(2)), 0]], np.float32)
-    assert left(close, imposed(close, np.array([1, 1]))) == [1, 1]
+    assert left(close, imposed_thresholds(close, np.array([1, 1]))) == [1, 1]
     unsure = np.array([[np.nan, 0], [1, 0]], np.float32)
-    assert left(unsure, imposed(unsure, np.array([1, 1]))) == [1, 1]
+    assert left(unsure, imposed_thresholds(unsure, np.array([1, 1]))) == [1, 1]
 
 
 def test_shares_add_up():
-    assert shares([0.4, 0.25, 0.15, 0.2], 100).tolist() == [40, 25, 15, 20]
-    assert shares([1 / 3] * 3, 4).tolist() == [2, 1, 1]
-    assert shares([0.1, 0.2, 0.7], 10).tolist() == [1, 2, 7]
-    assert shares([0.0, 0.0, 1.0], 7).tolist() == [0, 0, 7]
+    assert exit_counts([0.4, 0.25, 0.15, 0.2], 100).tolist() == [40, 25, 15, 20]
+    assert exit_counts([1 / 3] * 3, 4).tolist() == [2, 1, 1]
+    assert exit_counts([0.1, 0.2, 0.7], 10).tolist() == [1, 2, 7]
+    assert exit_counts([0.0, 0.0, 1.0], 7).tolist() == [0, 0, 7]
 
 
 def test_the_share_from_which_a_strategy_pays():
@@ -213,7 +210,7 @@ def test_the_share_from_which_a_strategy_pays():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--depth", "57"], ["depth of 57", "6n + 2"]),
+        (["--depth", "57"], ["57", "6n + 2"]),
         (["--exits", "3", "2"], ["--exits", "increasing"]),
         (["--distributions", "early"], ["'early'", "trained"]),
         (["--distributions", "0.5,0.4,0.05,0.01"], ["add", "0.96"]),
@@ -221,10 +218,10 @@ def test_the_share_from_which_a_strategy_pays():
         (["--rates", "0.5", "0.5"], ["2 for 4 exits"]),
         (["--strategies", "quick"], ["quick", "compact"]),
         (["--long-distributions", "frist"], ["frist", "uniform"]),
-        (["--batches", "0"], ["--batches: 0", "at least 1"]),
-        (["--images", "-1"], ["--images: -1"]),
+        (["--batches", "0"], ["batches: 0", "at least 1"]),
+        (["--images", "-1"], ["images: -1"]),
         (["--picture", "time.pdf"], ["time.pdf", ".svg"]),
-        (["--json", "nowhere/rows.json"], ["nowhere", "make it"]),
+        (["--json", "nowhere/rows.json"], ["nowhere", "no directory"]),
         (["--run", "nowhere"], ["--run nowhere", "experiments.cifar"]),
         (["--run", "nowhere", "--depth", "8"], ["--depth", "leave one out"]),
         (["--nonsense", "3"], ["--nonsense"]),
@@ -242,5 +239,5 @@ def test_a_mistake_is_one_line(flags, words, capsys):
 def test_exits_are_spread_evenly_by_default():
     assert parse([]).network_config().exits == (7, 14, 20)
     assert parse(["--network", "fast"]).network_config().exits == (1, 2, 4)
-    assert rates_of("trained", 4) == (0.4, 0.25, 0.15, 0.2)
-    assert sum(rates_of("trained", 3)) == pytest.approx(1)
+    assert exit_rates("trained", 4) == (0.4, 0.25, 0.15, 0.2)
+    assert sum(exit_rates("trained", 3)) == pytest.approx(1)

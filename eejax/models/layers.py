@@ -36,7 +36,7 @@ class Depthwise(nn.Module):
     """A convolution of each channel by itself, without bias, `[B, H, W, K]` to the same channels.
 
     XLA has no fast kernel for it on a CPU. There a sum of shifted images, which is elementwise and
-    fused, is 14 to 46 times as fast (`python -m experiments.trials depthwise`).
+    fused, is 14 to 46 times as fast (`python -m experiments.microbenchmarks depthwise`).
 
     Attributes:
       size: of the kernel, odd; the padding keeps the image's size.

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from eejax import benchmark, cost, policies
-from eejax.benchmark import BenchmarkEntry, benchmark_rows, plain_entry, predictor_entry
+from eejax.benchmark import (
+    BenchmarkEntry,
+    benchmark_rows,
+    plain_entry,
+    plain_programs,
+    predictor_entry,
+)
 from eejax.cascades import cascade, cascade_variables
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import route, score
@@ -111,7 +117,7 @@ def _entry(
     ready: dict[Any, Predictor],
 ) -> BenchmarkEntry:
     if contender.policy is None:
-        return plain_entry(*_network(contender, workdir), pieces)
+        return plain_entry(plain_programs(*_network(contender, workdir)), pieces)
     decides = contender.cells, contender.keep, contender.policy
     if decides not in ready:
         network, variables = _network(contender, workdir)

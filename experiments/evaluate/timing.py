@@ -48,7 +48,7 @@ def inference_row(
     pieces = [images[i * batch : (i + 1) * batch] for i in range(batches)]
     stages = benchmark.stage_seconds(network, variables, jnp.asarray(pieces[0]), max(repeats, 10))
     entries = [
-        benchmark.plain_entry(network, variables, pieces),
+        benchmark.plain_entry(benchmark.plain_programs(network, variables), pieces),
         benchmark.predictor_entry(strategy, predict, jnp.asarray(thresholds), pieces, stages),
     ]
     row = benchmark.benchmark_rows(entries, batch, repeats)[1]

@@ -8,25 +8,32 @@ python -m experiments.latency --run runs/digits --json latency.json --picture la
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-if TYPE_CHECKING:
-    from experiments.latency.flags import Arguments
+from experiments.command_line import complain, execute
+from experiments.latency import plot
+from experiments.latency import rows as latency_rows
+from experiments.latency.arguments import Arguments, parse
+from experiments.latency.distributions import exit_rates
+from experiments.latency.strategies import is_stream, note
+from experiments.latency.workload import Workload, random_workload, run_workload
+from experiments.report import report
+from experiments.report.environment import circumstances
 
 COLUMNS = ("images leave", "strategy", "ms", "spread", "ideal", "eff.", "speedup")
-COLUMNS += ("to best", "pays at")
-LEGEND = """ms: median for all images of a call; ideal: the time of what each image needs, at the
-whole network's best batch; eff.: ideal / ms; speedup: against the whole network at this batch; to
-best: against it at its best; pays at: share of images that must leave at the first exit, the
-others leaving at the last"""
+COLUMNS += ("eff.*", "speedup*", "pays at")
+LEGEND = """ms: median for all images of a call; ideal: the plain network's, times the share of the
+stages' time that the images need; eff.: ideal / ms; speedup: plain / ms; *: with the plain network
+at its best batch; pays at: share of images that must leave at the first exit, the others leaving
+at the last, to be as fast as that"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,145 +43,109 @@ def main(argv: Sequence[str]) -> int:
       The exit status: 0; 1 if a strategy failed and its rows are missing; 2 for a mistake; 130
       after Ctrl-C.
     """
-    from experiments.latency.flags import parse
-
-    try:
-        arguments = parse(argv)
-    except (ValueError, OSError) as error:
-        return _complain(f"error: {error}", 2)
-    # Only now that the command line is known to be right: JAX takes seconds to import.
-    from eejax.checkpoint import CheckpointError
-    from experiments.latency.subject import subject
-
     console = Console(soft_wrap=True)
-    try:
-        with console.status("making the network and setting thresholds"):
-            made = subject(arguments)
-    except (ValueError, OSError, CheckpointError) as error:
-        return _complain(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        return _complain("stopped; nothing was timed yet.", 130)
-    return _measure(arguments, argv, made, console)
+
+    def begin() -> tuple[Arguments, Workload]:
+        arguments = parse(argv)
+        with console.status("building the network and scoring the images"):
+            return arguments, workload(arguments)
+
+    return execute(begin, lambda begun: measure(*begun, argv, console), (OSError,))
 
 
-def _measure(arguments: Arguments, argv: Sequence[str], subject: Any, console: Console) -> int:
-    """Times everything, shows and writes it; the exit status."""
-    from experiments.latency import plot as latency_plot
-    from experiments.latency.rows import Show, groups
-    from experiments.report import report
-    from experiments.report.environment import circumstances
+def workload(arguments: Arguments) -> Workload:
+    """The network and the images that the flags describe.
 
+    Raises:
+      ValueError, OSError: if they cannot be had, or have other exits than a distribution; one line.
+    """
+    count = latency_rows.count_images(arguments)
+    if arguments.run is not None:
+        served = run_workload(arguments.run, count)
+        for name in arguments.distributions:
+            exit_rates(name, served.network.num_exits)
+        return served
+    config, rates = arguments.network_config(), arguments.rates
+    for name in ("trained", *arguments.distributions):
+        exit_rates(name, config.num_exits, rates)
+    served = random_workload(
+        config, arguments.policy, arguments.seed, count, arguments.image_size, arguments.classes
+    )
+    return dataclasses.replace(served, rates=rates)
+
+
+def measure(arguments: Arguments, workload: Workload, argv: Sequence[str], console: Console) -> int:
+    """Times everything, prints and writes it; returns the exit status."""
     now = datetime.datetime.now().astimezone()
-    around = circumstances("experiments.latency", argv, now)
-    console.print(f"{subject.name}\n{around['device']}")
+    environment = circumstances("experiments.latency", argv, now)
+    console.print(f"{workload.name}\n{environment['device']}")
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-
-    def failed(line: str) -> None:
-        failures.append(line)
-        console.print(line, style="bold yellow", markup=False)
-
     status = 0
     try:
         with console.status("") as spinner:
-            show = Show(spinner.update, lambda line: console.print(line, markup=False), failed)
-            for group in groups(subject, arguments, show):
-                rows += [{**row, "seed": arguments.seed, **around} for row in group]
-                lines = [_title(group[0]), *map(_line, group)] if group else []
-                console.print("\n".join(lines), markup=False)
+            progress = latency_rows.Progress(spinner.update, failures.append)
+            for group in latency_rows.measured(workload, arguments, progress):
+                rows += [{**row, "seed": arguments.seed, **environment} for row in group]
+                console.print(*([table(group)] if group else []))
                 if arguments.json is not None:
                     report.write_json(arguments.json, rows)
     except KeyboardInterrupt:
-        status = _complain("stopped; what follows is what was timed so far.", 130)
-    except OSError as error:
-        return _complain(f"error: {error}", 2)
+        status = complain("stopped; the rows above were timed.", 130)
     if not rows:
-        return status or _complain("error: nothing could be timed.", 1)
-    console.print(tables(rows))
-    for row in rows:
-        if "overhead_ms" in row:
-            console.print(f"a call's fixed overhead: {row['overhead_ms']:.3f} ms")
-            break
-    for row in rows:
-        if "explanation" in row:
-            console.print(f"auto, {row['distribution']}: {row['explanation']}", markup=False)
+        return status or complain(f"error: nothing could be timed: {'; '.join(failures)}", 1)
+    console.print(LEGEND)
+    notes = [
+        f"a call's fixed overhead: {r['overhead_ms']:.3f} ms" for r in rows if "overhead_ms" in r
+    ]
+    notes = notes[:1] + [f"auto: {row['explanation']}" for row in rows if "explanation" in row]
+    notes += filter(None, (note(name, workload) for name in arguments.strategies))
+    console.print("\n".join(notes), markup=False)
     if arguments.picture is not None:
-        try:
-            latency_plot.save(arguments.picture, rows)
-        except OSError as error:
-            return _complain(f"error: {error}", 2)
+        plot.save(arguments.picture, rows)
     for line in failures:
-        _complain(f"not timed: {line}", 1)
+        complain(f"not timed: {line}", 1)
     return status or (1 if failures else 0)
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> Group:
-    """The rows for the terminal, a table a batch size; 80 columns are enough."""
-    from experiments.latency.plot import grouped
-
-    parts: list[Any] = []
-    for group in grouped(rows):
-        shown = Table(
-            box=box.SIMPLE_HEAD,
-            title=_title(group[0]),
-            title_justify="left",
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows of one batch size for the terminal; 80 columns are enough."""
+    first = rows[0]
+    stream = is_stream(first["strategy"])
+    served = f"a stream of {first['batch']:,} images" if stream else f"batch {first['batch']}"
+    title = f"{served}: plain network {_ms(first['plain_ms'])} ms, at its best "
+    title += f"{_ms(first['plain_best_ms'])} (batch {first['plain_best_batch']})"
+    shown = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for i, name in enumerate(COLUMNS):
+        justify = "left" if i < 2 else "right"
+        shown.add_column(name, justify=justify, no_wrap=i > 0, overflow="fold")
+    order = list(dict.fromkeys(row["distribution"] for row in rows))
+    before = ""
+    for row in sorted(rows, key=lambda row: order.index(row["distribution"])):
+        shown.add_row(
+            "" if row["distribution"] == before else row["distribution"],
+            row["strategy"],
+            _ms(row["ms"]),
+            _percent(row["spread"]),
+            _ms(row["ideal_ms"]),
+            _percent(row["efficiency"]),
+            f"{row['speedup']:.2f}",
+            _percent(row["efficiency_best"]),
+            f"{row['speedup_best']:.2f}",
+            _percent(row["break_even"]),
         )
-        for name in COLUMNS:
-            justify = "left" if name in COLUMNS[:2] else "right"
-            shown.add_column(name, justify=justify, no_wrap=name != COLUMNS[0], overflow="fold")
-        order = list(dict.fromkeys(row["distribution"] for row in group))
-        before = ""
-        for row in sorted(group, key=lambda row: order.index(row["distribution"])):
-            pays = row["break_even"]
-            again = row["distribution"] == before
-            before = row["distribution"]
-            shown.add_row(
-                "" if again else before,
-                row["strategy"],
-                _ms(row["ms"]),
-                f"{100 * row['spread']:.0f} %",
-                _ms(row["ideal_ms"]),
-                f"{100 * row['efficiency']:.0f} %",
-                f"{row['speedup']:.2f}",
-                f"{row['speedup_best']:.2f}",
-                "-" if pays is None else f"{100 * pays:.0f} %",
-            )
-        parts.append(shown)
-    return Group(*parts, Text(LEGEND))
-
-
-def _title(row: dict[str, Any]) -> str:
-    """What all rows of a batch size share."""
-    from experiments.latency.flags import is_stream
-
-    what = f"batch {row['batch']}"
-    if is_stream(row["strategy"]):
-        what = f"a stream of {row['batch']:,} images"
-    return (
-        f"{what}: whole network {_ms(row['full_ms'])} ms, at its best {_ms(row['full_best_ms'])} "
-        f"(batch {row['full_best_batch']})"
-    )
-
-
-def _line(row: dict[str, Any]) -> str:
-    """A row as it is known."""
-    left = " ".join(f"{100 * share:.0f}" for share in row["exit_fractions"])
-    chosen = f" ({row['chosen']})" if "chosen" in row else ""
-    return (
-        f"  {row['distribution']}, {row['strategy']}{chosen}: {_ms(row['ms'])} ms, "
-        f"ideal {_ms(row['ideal_ms'])}; exits take {left} %"
-    )
+        before = row["distribution"]
+    return shown
 
 
 def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _complain(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
-    return status
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}%"
 
 
 if __name__ == "__main__":

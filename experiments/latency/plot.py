@@ -1,4 +1,4 @@
-"""The picture of `experiments.latency`: time against the whole network's, a panel a batch size."""
+"""The picture of `experiments.latency`: time against the plain network's, a panel a batch size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from experiments.latency.flags import is_stream
-
-# The look that all of the project's pictures have.
+from experiments.latency.strategies import is_stream
 from experiments.report.plots import COLOURS, FAINT, INK, STYLE
 
-# Where a panel ends, in times of the whole network.
+# Upper end of a panel, in times of the plain network.
 HIGHEST = 2.0
 # The baseline is grey; a strategy's colour does not depend on which others were timed.
 _LOOKS = {
@@ -28,22 +26,22 @@ _LOOKS = {
 
 
 def _colours(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """A colour for each strategy; those with tiles of their own take the first that are free."""
-    found = {row["strategy"] for row in rows}
-    looks = {name: colour for name, colour in _LOOKS.items() if name in found}
-    own = sorted(found - set(looks))
+    """A colour for each strategy; those with tiles in their names take the first free colours."""
+    names = {row["strategy"] for row in rows}
+    looks = {name: colour for name, colour in _LOOKS.items() if name in names}
+    tiled = sorted(names - set(looks))
     free = [c for c in COLOURS if c not in looks.values()] or list(COLOURS)
-    return looks | {name: free[i % len(free)] for i, name in enumerate(own)}
+    return looks | {name: free[i % len(free)] for i, name in enumerate(tiled)}
 
 
 def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bars of `ms / full_best_ms` by distribution and strategy, the ideal as a tick across a bar.
+    """Bars of `ms / plain_best_ms` by distribution and strategy, the ideal as a tick across a bar.
 
     Args:
-      rows: as `latency_rows` makes them.
+      rows: of `rows.measured`.
 
     Raises:
-      ValueError: no rows.
+      ValueError: if there are no rows.
     """
     if not rows:
         raise ValueError("no row to draw: give at least one.")
@@ -59,18 +57,18 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 axes.remove()
                 continue
             _panel(axes, groups[i], looks)
-        figure.supylabel("time / the whole network's at its best")
+        figure.supylabel("time / the plain network's at its best")
         keys: list[Any] = [Patch(color=c, label=name) for name, c in looks.items()]
         keys += [
             Line2D([], [], color=INK, linewidth=2, label="ideal"),
-            Line2D([], [], color=INK, linewidth=0.9, linestyle="--", label="whole network"),
+            Line2D([], [], color=INK, linewidth=0.9, linestyle="--", label="plain network"),
         ]
         figure.legend(handles=keys, loc="outside lower center", ncols=min(8, len(keys)))
     return figure
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The rows of each batch size, a stream's for themselves."""
+    """The rows by batch size, those of a stream apart."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["batch"], is_stream(row["strategy"])), []).append(dict(row))
@@ -81,8 +79,8 @@ def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the picture as .svg or .png, by the name.
 
     Raises:
-      ValueError: no rows.
-      OSError: the file cannot be written.
+      ValueError: if there are no rows.
+      OSError: if the file cannot be written.
     """
     latency(rows).savefig(path, dpi=150)
 
@@ -93,23 +91,23 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, str
     strategies = [name for name in looks if any(row["strategy"] == name for row in rows)]
     width = 0.84 / max(len(strategies), 4)
     # One slow strategy must not flatten the others; what is cut off is written above its bar.
-    top = 1.08 * min(HIGHEST, max(1.0, *(row["ms"] / row["full_best_ms"] for row in rows)))
+    top = 1.08 * min(HIGHEST, max(1.0, *(row["ms"] / row["plain_best_ms"] for row in rows)))
     for row in rows:
         place = strategies.index(row["strategy"]) - (len(strategies) - 1) / 2
         x = distributions.index(row["distribution"]) + place * width
-        whole = row["full_best_ms"]
-        height = row["ms"] / whole
+        plain = row["plain_best_ms"]
+        height = row["ms"] / plain
         axes.bar(x, height, 0.9 * width, color=looks[row["strategy"]])
         if height > top:
             axes.annotate(f"{height:.1f}", (x, top), ha="center", va="bottom", fontsize=7)
         ends = (x - 0.45 * width, x + 0.45 * width)
-        axes.hlines(row["ideal_ms"] / whole, *ends, color=INK, linewidth=2)
+        axes.hlines(row["ideal_best_ms"] / plain, *ends, color=INK, linewidth=2)
     axes.axhline(1, color=INK, linewidth=0.9, linestyle="--", zorder=1)
     count = f"{rows[0]['batch']:,} images" if rows[0]["batch"] > 1 else "1 image"
     streamed = "a stream of " if all(map(is_stream, strategies)) else ""
-    whole = rows[0]["full_best_ms"]
-    shown = f"{whole:,.0f}" if whole >= 1000 else f"{whole:.3g}"
-    title = f"{streamed}{count}; whole network {shown} ms"
+    plain = rows[0]["plain_best_ms"]
+    shown = f"{plain:,.0f}" if plain >= 1000 else f"{plain:.3g}"
+    title = f"{streamed}{count}; plain network {shown} ms"
     axes.set_title(title, pad=14)
     axes.set_xticks(np.arange(len(distributions)), distributions)
     axes.set_xlim(-0.5, len(distributions) - 0.5)

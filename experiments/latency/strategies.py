@@ -4,68 +4,91 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
 import eejax
-from eejax.inference import Executor, compaction
-from eejax.inference.predictors import Predictor
-from experiments.latency.flags import tiles_of
-from experiments.latency.subject import Subject
+from eejax.inference import EXECUTORS, Predictor, compaction
+from experiments.latency.workload import Workload
+
+STRATEGIES = (*EXECUTORS, "host", "stream", "auto")
+TILED = ("compact", "loop", "host", "stream")
 
 
-class Serving(NamedTuple):
-    """A strategy, ready to serve.
+def split_strategy(strategy: str) -> tuple[str, dict[str, Any]]:
+    """`"compact:32,8"` as `("compact", {"tiles": (32, 8)})`.
 
-    Attributes:
-      predict: `predict(thresholds, images) -> Prediction`, in NumPy arrays.
-      extra: what else its rows say.
+    Raises:
+      ValueError: if there is no such strategy, or it takes no such tiles.
     """
-
-    predict: Callable[[Any, Any], Any]
-    extra: dict[str, Any]
-
-
-def serving(
-    strategy: str, subject: Subject, limits: Array, images: np.ndarray, repeats: int
-) -> Serving:
-    """A strategy for batches like `images`; only `auto` looks at the thresholds."""
-    name, tiles = tiles_of(strategy)
-    if name == "auto":
-        return _auto(subject, limits, images, repeats)
-    largest = 1 << (len(images) - 1).bit_length()
-    return Serving(_tiled(name, tiles, subject, largest), {})
+    name, _, sizes = strategy.partition(":")
+    if name not in STRATEGIES:
+        raise ValueError(f"strategies: {name!r} is none; give some of {', '.join(STRATEGIES)}.")
+    if not sizes:
+        return name, {}
+    if name not in TILED or not all(size.isdigit() for size in sizes.split(",")):
+        raise ValueError(
+            f"strategies: {strategy!r}; give {', '.join(TILED)} with tiles as in compact:32,8."
+        )
+    return name, {"tiles": tuple(map(int, sizes.split(",")))}
 
 
-def depends_on_thresholds(strategy: str) -> bool:
-    """Whether a strategy must be made anew for other thresholds."""
-    return strategy == "auto"
+def is_stream(strategy: str) -> bool:
+    """Whether a strategy, with tiles or without, serves a stream and not single batches."""
+    return split_strategy(strategy)[0] == "stream"
 
 
-def remark(strategy: str, subject: Subject) -> str:
+def note(strategy: str, workload: Workload) -> str:
     """What a reader of the strategy's rows should know, or ""."""
-    if tiles_of(strategy)[0] == "loop" and all(
-        b - a == 1 for a, b in compaction.runs(subject.network)
-    ):
+    runs = compaction.runs(workload.network)
+    if split_strategy(strategy)[0] == "loop" and all(b - a == 1 for a, b in runs):
         return "loop: no two neighbouring stages of this network are equal; it runs as compact"
     return ""
 
 
-def stream(strategy: str, subject: Subject, chunk: int) -> Any:
-    """`streamer(thresholds, batches)`."""
-    tiles = tiles_of(strategy)[1]
-    return eejax.stream(
-        subject.network, subject.policy, subject.variables, chunk=chunk, tiles=tiles
-    )
+def stream(strategy: str, workload: Workload, chunk: int) -> Any:
+    """`serve(thresholds, batches)` of the strategy `stream`."""
+    network, policy, variables = workload.network, workload.policy, workload.variables
+    tiles = split_strategy(strategy)[1]
+    return eejax.stream(network, policy, variables, chunk=chunk, **tiles)
 
 
-def program_bytes(predict: Any, limits: Array, images: np.ndarray) -> int | None:
-    """What the program for such images holds at once, in bytes, by the compiler's account:
-    arguments, results, and everything in between, without variables that are constants of it; None
-    for what is not one program.
+def compiled_strategy(
+    strategy: str, workload: Workload, thresholds: Array, images: np.ndarray, repeats: int
+) -> tuple[Callable[[Any, Any], Any], dict[str, Any]]:
+    """`predict(thresholds, images) -> Prediction` of any strategy but `stream`.
+
+    Args:
+      strategy: with its tiles.
+      workload: network, policy and variables.
+      thresholds: `[E - 1]`; `auto` alone depends on them.
+      images: as large as a call.
+      repeats: timed runs of each candidate of `auto`.
+
+    Returns:
+      The function, and more columns of its rows.
+    """
+    name, tiles = split_strategy(strategy)
+    network, policy, variables = workload.network, workload.policy, workload.variables
+    if name == "auto":
+        chosen = eejax.auto(network, policy, variables, thresholds, images, repeats=min(repeats, 7))
+        return chosen.predict, {"chosen": chosen.name, "explanation": chosen.explanation}
+    largest = 1 << (len(images) - 1).bit_length()
+    if name == "host":
+        return eejax.host(network, policy, variables, **tiles, max_batch=largest), {}
+    executor = functools.partial(EXECUTORS[name], **tiles)
+    bound: Any = eejax.stack(network, variables) if name == "loop" else variables
+    return eejax.predictor(network, policy, bound, executor, max_batch=largest), {}
+
+
+def program_bytes(predict: Any, thresholds: Array, images: np.ndarray) -> int | None:
+    """The memory that the program for these images needs, by the compiler's account: arguments,
+    results, and intermediate values, without variables that are constants of the program.
+
+    None if `predict` is not one program.
     """
     if not isinstance(predict, Predictor):
         return None
@@ -77,34 +100,13 @@ def program_bytes(predict: Any, limits: Array, images: np.ndarray) -> int | None
     count = jax.ShapeDtypeStruct((), np.int32)
     # It is compiled already, and JAX finds that program again.
     compiled: Any = function
-    analysis = compiled.lower(*bound, limits, shape, count).compile().memory_analysis()
+    analysis = compiled.lower(*bound, thresholds, shape, count).compile().memory_analysis()
     if analysis is None:
         return None
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     return sum(int(getattr(analysis, part)) for part in parts)
 
 
-def bytes_at_peak() -> int | None:
-    """The most that was ever in use on the first device; None where it does not say."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def _tiled(name: str, tiles: tuple[int, ...] | None, subject: Subject, largest: int) -> Any:
-    """All but `auto` and `stream`, for batches up to `largest`."""
-    network, policy, variables = subject.network, subject.policy, subject.variables
-    if name == "host":
-        return eejax.host(network, policy, variables, tiles=tiles, max_batch=largest)
-    executors: dict[str, Executor] = {"full": eejax.full, "cond": eejax.cond}
-    executors |= {
-        "compact": functools.partial(eejax.compact, tiles=tiles),
-        "loop": functools.partial(eejax.loop, tiles=tiles),
-    }
-    bound: Any = eejax.stack(network, variables) if name == "loop" else variables
-    return eejax.predictor(network, policy, bound, executors[name], max_batch=largest)
-
-
-def _auto(subject: Subject, limits: Array, images: np.ndarray, repeats: int) -> Serving:
-    chosen = eejax.auto(
-        subject.network, subject.policy, subject.variables, limits, images, repeats=min(repeats, 7)
-    )
-    return Serving(chosen.predict, {"chosen": chosen.name, "explanation": chosen.explanation})
+def peak_bytes() -> int:
+    """The most memory that was ever in use on the first device; 0 if the device does not tell."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
