@@ -26,7 +26,7 @@ from experiments.latency.arguments import check_parents, spaced
 from experiments.latency.workload import Workload, random_workload, run_workload
 from experiments.report import report
 from experiments.report.environment import circumstances
-from experiments.train.config import NetworkConfig
+from experiments.train.config import FamilyName, NetworkConfig
 
 IMAGES = 64
 
@@ -39,7 +39,7 @@ class Arguments:
 
     run: Path | None = None
     """Directory that experiments.cifar made. Default: a random network."""
-    network: str = "resnet"
+    network: FamilyName = "resnet"
     """Random network: its family, as --network.name of experiments.cifar."""
     depth: int | None = None
     """Random network: number of layers, 6n + 2 (resnet, 56 by default), or of blocks."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from eejax.policies import POLICIES
 from experiments import command_line
 from experiments.checks import require, require_all
 from experiments.evaluate.config import PolicyName
 from experiments.latency.distributions import NAMED
 from experiments.latency.strategies import split_strategy
-from experiments.train.config import NetworkConfig, TrainConfig, check
+from experiments.train.config import FamilyName, NetworkConfig, TrainConfig, check
 
 # Fields that describe a random network.
 OF_RANDOM = ("network", "depth", "width", "exits", "dtype", "image_size", "classes")
@@ -29,7 +30,7 @@ class Arguments:
     run: Path | None = None
     """Directory that experiments.cifar made: its network, policy, thresholds and test images. The
     flags that describe a random network are then left out."""
-    network: str = "resnet"
+    network: FamilyName = "resnet"
     """Random network: its family, as --network.name of experiments.cifar."""
     depth: int | None = None
     """Random network: number of layers, 6n + 2 (resnet, 56 by default), or of blocks."""
@@ -81,7 +82,9 @@ class Arguments:
     def network_config(self) -> NetworkConfig:
         """The random network."""
         given = {name: getattr(self, name) for name in ("depth", "width", "exits", "dtype")}
-        return spaced(NetworkConfig(name=self.network, gate=self.policy == "gate", **given))
+        return spaced(
+            NetworkConfig(name=self.network, gate=POLICIES[self.policy].needs_gate, **given)
+        )
 
 
 def parse(argv: Sequence[str]) -> Arguments:
