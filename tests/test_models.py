@@ -13,7 +13,7 @@ import toys
 from eejax import compact, cond, cost, loop, max_prob
 from eejax.evaluation.routing import route, score
 from eejax.inference import compaction
-from eejax.models import FAMILIES
+from eejax.models import FAMILIES, build
 from eejax.models.fast import Stem, fast
 from eejax.models.layers import convolved, shifted
 from eejax.models.resnet import resnet
@@ -290,3 +290,29 @@ def test_a_depthwise_convolution_by_shifts_is_a_convolution(size, stride, side):
     )
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_is_built_by_name_from_plain_values():
+    network = build("fast", 4, [8, 8, 3], width=4, exits=[1, 2], dtype="bfloat16")
+    assert network.num_exits == 3
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((2, 8, 8, 3)))
+    assert shapes["params"]["heads"][0]
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "message"),
+    [
+        ("fastest", {}, "'fastest' is no family; give one of alexnet"),
+        ("fast", {"depth": 3}, "fast takes no depth; it takes width, exits"),
+        ("fast", {"width": 4.5}, "fast got width 4.5; give a whole number"),
+        ("fast", {"width": True}, "fast got width True; give a whole number"),
+        ("mobilenet", {"width": "wide"}, "mobilenet got width 'wide'; give a number"),
+        ("fast", {"head": "linear"}, "head 'linear'; give a function"),
+        ("fast", {"dtype": "float99"}, "dtype 'float99'; give float32 or bfloat16"),
+        ("fast", {"width": 0}, "width"),
+        ("vgg", {"depth": 12}, "a VGG depth of 12"),
+    ],
+)
+def test_a_network_that_no_family_builds_is_refused_with_a_reason(family, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(family, 4, (32, 32, 3), **arguments)

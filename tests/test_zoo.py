@@ -47,20 +47,20 @@ def test_numbers_that_are_whole_are_block_numbers(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("network", "said"),
     [
-        (NetworkConfig(name="vggg"), r"network\.name: vggg.*mobilenet"),
-        (NetworkConfig(name="vgg", options=("patch=2",)), r"network\.patch.*it takes depth, width"),
-        (NetworkConfig(name="lenet", depth=3), r"network\.depth: the family lenet takes none"),
+        (NetworkConfig(name="vggg"), r"'vggg' is no family; give .*mobilenet"),
+        (
+            NetworkConfig(name="vgg", options=("patch=2",)),
+            "vgg takes no patch; it takes depth, width",
+        ),
+        (NetworkConfig(name="lenet", depth=3), r"lenet takes no depth"),
         (NetworkConfig(name="vgg", exits=(2, 14)), "1 to 13"),
         (NetworkConfig(name="vgg", depth=12), "a VGG depth of 12; give 11, 13, 16"),
         (NetworkConfig(name="fast", exits=(0.2, 2)), "block numbers from 1 to 5, or shares"),
         (NetworkConfig(width=0), r"network\.width"),
-        (NetworkConfig(depth=3), r"network\.depth: the family fast takes none"),
+        (NetworkConfig(depth=3), r"fast takes no depth"),
         (NetworkConfig(name="vit", options=("width=32",)), "give it as --network.width"),
         (NetworkConfig(name="vit", exits=(1,), options=("exits=all",)), "as --network.exits"),
-        (
-            NetworkConfig(name="vit", options=("patch=x",)),
-            "network.patch: 'x'; give a whole number",
-        ),
+        (NetworkConfig(name="vit", options=("patch=x",)), "vit got patch 'x'; give a whole number"),
         (NetworkConfig(name="msdnet", options=("exits=40",)), "0 to 15"),
     ],
 )

@@ -1,5 +1,11 @@
 """The zoo. A new family takes one file, which ends in its `Family`, and a line in this list."""
 
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
 from eejax.models import (
     alexnet,
     densenet,
@@ -15,6 +21,7 @@ from eejax.models import (
     wideresnet,
 )
 from eejax.models.family import Family, Published
+from eejax.network import EarlyExitNetwork
 
 FAMILIES: dict[str, Family] = {
     "alexnet": alexnet.FAMILY,
@@ -32,4 +39,50 @@ FAMILIES: dict[str, Family] = {
     "wideresnet": wideresnet.FAMILY,
 }
 
-__all__ = ["FAMILIES", "Family", "Published"]
+
+def build(family: str, classes: int, image: Sequence[int], **arguments: Any) -> EarlyExitNetwork:
+    """Builds a network of the zoo by name, from arguments that a file or a command line may hold.
+
+    Args:
+      family: a name in `FAMILIES`.
+      classes: C.
+      image: `(height, width, channels)`.
+      **arguments: of the family's function; the others keep the family's defaults. `dtype` may be a
+        name, `"bfloat16"`.
+
+    Raises:
+      ValueError: if there is no such family, if it takes no such argument or one of another type,
+        or if the family's function refuses a value.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"{family!r} is no family; give one of {', '.join(FAMILIES)}.")
+    function = FAMILIES[family].build
+    parameters = inspect.signature(function).parameters
+    names = [name for name in parameters if name not in ("classes", "image")]
+    for name, value in arguments.items():
+        if name not in names:
+            raise ValueError(f"the family {family} takes no {name}; it takes {', '.join(names)}.")
+        if name == "head" and value is not None and not callable(value):
+            raise ValueError(f"head {value!r}; give a function of the exit's number.")
+        # The family checks exits, which have several forms, and what has no default to go by.
+        types, words = _TYPES.get(type(parameters[name].default), ((), ""))
+        if types and name != "exits" and type(value) not in types:
+            raise ValueError(f"the family {family} got {name} {value!r}; give {words}.")
+    if "dtype" in arguments:
+        try:
+            arguments["dtype"] = jnp.dtype(arguments["dtype"])
+        except TypeError as error:
+            raise ValueError(f"dtype {arguments['dtype']!r}; give float32 or bfloat16.") from error
+    return function(classes, image=tuple(image), **arguments)
+
+
+# What an argument may be, by the type of its default.
+_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+    bool: ((bool,), "True or False"),
+    tuple: ((tuple, list), "a list of numbers"),
+}
+
+__all__ = ["FAMILIES", "Family", "Published", "build"]

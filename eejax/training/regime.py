@@ -117,7 +117,7 @@ def all_at_once(
         def loss(
             network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
         ) -> tuple[Array, LossAux]:
-            outputs, batch_stats = network.apply_all(variables, batch.images, train=True)
+            outputs, batch_stats = network.apply_all(variables, batch.images, train=True, key=key)
             return losses(outputs, batch.targets, options).mean(), LossAux(batch_stats, outputs)
 
         return (Phase(1.0, loss),)

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax.numpy as jnp
-
-from eejax.models import FAMILIES
+from eejax.models import FAMILIES, build
 from eejax.network import EarlyExitNetwork
 from eejax.training import REGIMES
 from experiments.checks import require, require_all, require_not_negative, require_positive
@@ -153,50 +151,27 @@ def build_network(config: NetworkConfig, classes: int, image: Sequence[int]) -> 
     Raises:
       ValueError: if there is no such family or argument, or the family refuses it.
     """
-    build = FAMILIES[config.name].build if config.name in FAMILIES else None
-    if build is None:
-        raise ValueError(
-            f"network.name: {config.name} is no family; give one of {', '.join(FAMILIES)}."
-        )
+    return build(config.name, classes, image, **network_arguments(config))
+
+
+def network_arguments(config: NetworkConfig) -> dict[str, Any]:
+    """The arguments of `eejax.models.build` that a configuration stands for.
+
+    Raises:
+      ValueError: if an option repeats a flag.
+    """
     given = {"depth": config.depth, "width": config.width, "exits": config.exits}
     arguments: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     for option in config.options:
         name, _, value = option.partition("=")
-        if name in ("depth", "width") or name in arguments:
+        if name in ("depth", "width", "gate", "dtype") or name in arguments:
             raise ValueError(f"network.options: {option}; give it as --network.{name}.")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[name] = value
-    signature = inspect.signature(build).parameters
-    taken = [name for name in signature if name not in _OURS]
-    for name, value in arguments.items():
-        if name not in taken:
-            raise ValueError(
-                f"network.{name}: the family {config.name} takes none; it takes {', '.join(taken)}."
-            )
-        wanted = type(signature[name].default)
-        # Exits have several forms, which the family checks.
-        if name != "exits" and wanted in _FITTING and type(value) not in _FITTING[wanted]:
-            raise ValueError(f"network.{name}: {value!r}; give {_WORDS[wanted]}.")
-    common = {
-        "image": tuple(image),
-        "gate": "features" if config.gate else None,
-        "dtype": jnp.dtype(config.dtype),
-    }
-    return build(classes, **{**common, **arguments})
-
-
-_OURS = ("classes", "image", "head", "gate", "dtype")
-# What may stand for a default of each type.
-_FITTING = {int: (int,), float: (int, float), str: (str,), bool: (bool,), tuple: (tuple, list)}
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "a word",
-    bool: "True or False",
-    tuple: "numbers with commas between them",
-}
+    gate = "features" if config.gate else None
+    return {**arguments, "gate": gate, "dtype": config.dtype}
 
 
 # Neither blocks nor exits depend on the images. This side is a multiple of most patches, and no
