@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -11,10 +12,10 @@ import pytest
 import toys
 
 import eejax.policies.scheduler
-from eejax import policies
+from eejax import compact, for_budget, policies, route
 from eejax.evaluation.routing import score
 from eejax.network import ExitOutput
-from eejax.trace import recorded
+from eejax.trace import collect, recorded
 
 EXITS, CLASSES = 3, 4
 COST = np.array([0.3, 0.6, 1.0])
@@ -40,8 +41,6 @@ def scores_bits(policy):
 
 def test_a_rule_is_in_the_table_by_its_name():
     assert all(name == rule.name for name, rule in policies.POLICIES.items())
-    needs_gate = [name for name, rule in policies.POLICIES.items() if rule.needs_gate]
-    assert needs_gate == ["gate"]
 
 
 def test_a_policy_is_fitted_on_the_logits_that_its_temperatures_divide(fitted):
@@ -87,12 +86,35 @@ def test_a_policy_is_an_argument_of_a_compiled_function(fitted):
 
 
 def test_scores_change_with_the_arrays_of_a_policy_and_not_with_the_program():
-    step = jax.jit(lambda policy, logits: policy.step(ExitOutput(logits, logits[:, 0], ()), (), 0))
+    traces = []
+
+    @jax.jit
+    def step(policy, logits):
+        traces.append(policy)
+        return policy.step(ExitOutput(logits, logits[:, 0], ()), (), 0)
+
     logits = jnp.asarray(a_trace(3, 20).logits[:, 0])
     for temperature in (1.0, 2.0, 4.0):
         policy = policies.with_temperatures(policies.gate, [temperature])
         np.testing.assert_array_equal(step(policy, logits)[0], logits / temperature)
-    assert step._cache_size() == 1
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", policies.POLICIES)
+def test_an_executor_takes_the_exits_of_the_reference(name):
+    """Its state is moved with the surviving samples: large tiles first, smaller ones later."""
+    network, images = toys.shared_network(4), toys.some_images(5, 40)
+    variables = toys.variables(network, 1)
+    trace = collect(network, variables, images, np.arange(40) % toys.CLASSES)
+    policy = policies.fit(name, trace, np.arange(1.0, 5))
+    scored = score(policy, trace)
+    correct = scored.predictions == trace.labels[:, None]
+    thresholds = for_budget(scored.scores, correct, np.arange(1.0, 5), 2.5).thresholds
+    expected = route(scored, thresholds)
+    run = jax.jit(functools.partial(compact, network, tiles=(16, 4)))
+    prediction = run(policy, variables, thresholds, images)
+    np.testing.assert_array_equal(prediction.exits, expected.exits)
+    np.testing.assert_allclose(prediction.logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are():

@@ -39,7 +39,9 @@ class Rule(NamedTuple):
       check: `check(params) -> params`, as NumPy arrays of the right dtype; raises ValueError if
         their shapes or values do not fit.
       fit: `fit(trace, cost) -> params`, from held-out samples and the cost `[E]` of each exit.
-      needs_gate: whether the scores mean something only if training has trained the gate.
+      needs_gate: whether the scores have a meaning only if training has trained the gate.
+      baseline: whether the scores ignore the sample, so that other policies are set beside it.
+      probabilities: whether the softmax of its answers is a probability, which can be calibrated.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Rule(NamedTuple):
     check: Callable[[Any], Any] = lambda params: params
     fit: Callable[[Trace, np.ndarray], Any] = lambda trace, cost: NoParams()
     needs_gate: bool = False
+    baseline: bool = False
+    probabilities: bool = True
 
 
 # Compared by identity: arrays have no truth value, and a function compiled for a policy is meant
@@ -88,16 +92,20 @@ def make(rule: Rule, *params: Any) -> Policy:
     return Policy(rule, rule.check(rule.params(*params)))
 
 
-def stateless(
-    name: str, score: Callable[[ExitOutput], Array], *, needs_gate: bool = False
-) -> Policy:
-    """The policy without state or parameters that answers with the head's logits."""
+def stateless(name: str, score: Callable[[ExitOutput], Array], **fields: Any) -> Policy:
+    """The policy without state or parameters that answers with the logits of the head.
+
+    Args:
+      name: of the rule.
+      score: of an exit's output, `[B]`.
+      fields: of the rule, such as `needs_gate=True`.
+    """
 
     def step(params: Any, output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
         del params, e
         return output.logits, score(output), state
 
-    return Policy(Rule(name, lambda params, batch_size: (), step, needs_gate=needs_gate))
+    return Policy(Rule(name, lambda params, batch_size: (), step, **fields))
 
 
 def check_costs(cost: ArrayLike, exits: int) -> np.ndarray:

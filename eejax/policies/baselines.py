@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from eejax.network import ExitOutput, PyTree
 from eejax.policies.base import Policy, Rule, make, stateless
 
-fixed = stateless("fixed", lambda output: jnp.zeros(len(output.logits), jnp.float32))
+fixed = stateless("fixed", lambda output: jnp.zeros(len(output.logits), jnp.float32), baseline=True)
 """The same score for every sample: the baseline of one fixed exit.
 
 A threshold can only switch an exit on or off for all samples, so that a search for a budget finds
@@ -79,6 +79,7 @@ RANDOM = Rule(
     RandomParams,
     _check,
     lambda trace, cost: random(0).params,
+    baseline=True,
 )
 
 

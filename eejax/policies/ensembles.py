@@ -284,6 +284,7 @@ VOTE = Rule(
     VoteParams,
     _check_start,
     lambda trace, cost: vote(trace.logits.shape[-1]).params,
+    probabilities=False,
 )
 MEAN_OF_EXPERTS = _ensemble(
     "mean_of_experts",

@@ -1,16 +1,16 @@
-"""A learned score for each exit, from what the exits so far have said.
+"""A learned score for each exit, from the outputs of the exits so far.
 
-The idea is EENet's (Ilhan et al., *Adaptive deep neural network inference optimization with EENet*,
-WACV 2024, https://arxiv.org/abs/2301.07099): one confidence does not say all; whether the exits so
-far agree tells something too, and a held-out split can tell how much. This differs in four ways.
+The idea is from EENet (Ilhan et al., *Adaptive deep neural network inference optimization with
+EENet*, WACV 2024, https://arxiv.org/abs/2301.07099): whether the exits so far agree is evidence
+beside the confidence, and a held-out split shows how strong. This version differs in four ways.
 
-- EENet trains its score to predict whether the present answer is right, and beside it a second
-  network that shares out the exits. Here the score is trained through the soft routing itself, so
-  that it also learns where going on would help.
-- EENet is fitted for one budget. Here the soft thresholds of a whole range of prices share the
-  score, and are thrown away; `thresholds` then chooses for any budget, on a split of its own.
-- Its score reads all C class probabilities. Here it reads six statistics, whatever C is.
-- Its score starts at random. Here it starts as `max_prob`, and nothing is random.
+- EENet trains its score to predict whether the present answer is correct, and a second network that
+  assigns samples to exits. Here the score is trained through the soft routing itself, so that it
+  also learns where a later exit would help.
+- EENet is fitted for one budget. Here soft thresholds for a whole range of prices share the score
+  and are then discarded; `selection.thresholds` chooses for any budget, on a separate split.
+- The score of EENet reads all C class probabilities. This one reads six statistics for any C.
+- The score of EENet starts at random. This one starts as `max_prob`, and nothing is random.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from eejax.policies.confidence import entropy, margin, max_prob
 from eejax.trace import Trace
 
 _STATISTICS = 5
-# Accuracy for the cost of a whole network. Below the least of them hardly any saving pays, above
-# the largest hardly any sample goes on.
+# Accuracy for the cost of a whole network. Below the lowest price hardly any saving pays, above the
+# highest hardly any sample survives the first exit.
 _PRICES = np.geomspace(0.01, 4, 16)
-_SLOPE = 2.0  # of the first soft thresholds, a standard deviation of `max_prob`
-# Weighs the squared distance from the weights of `max_prob`, divided by N. Without it, a fit on 200
-# samples lost 0.8 points of accuracy where `max_prob` is all there is to know; with it 0.2.
+_SLOPE = 2.0  # of the initial soft thresholds, in standard deviations of `max_prob`
+# Weight of the squared distance from the weights of `max_prob`, divided by N. Without it, a fit on
+# 200 samples lost 0.8 points of accuracy where `max_prob` is the best score; with it 0.2.
 _PULL = 0.3
 _RATE = 0.03  # of Adam, falling to zero along a cosine
 
 
 class Parameters(NamedTuple):
-    """What a scheduler has learned.
+    """The parameters of `scheduler`.
 
-    The statistics are, of the present exit, the log of one plus the scores of `max_prob` and
-    `margin`, and the score of `entropy`; then whether the exit before gave the same class, and the
-    share of the exits so far that did.
+    Three statistics are of the present exit: the log of one plus the scores of `max_prob` and
+    `margin`, and the score of `entropy`. Two are of its prediction: whether the exit before
+    predicted the same class, and the share of the exits so far that did.
 
     Attributes:
       weights: `[E, 6]`, of the standardised statistics and of the score at the exit before.
-      mean: `[E, 5]`, of the statistics on the trace that was fitted.
+      mean: `[E, 5]`, of the statistics on the trace that it was fitted on.
       std: `[E, 5]`, their standard deviation, 1 where it is zero.
     """
 
@@ -103,11 +103,12 @@ def _step(
 
 
 def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
-    """Learns the scores that make the most of every price of computation at once.
+    """Fits scores that serve a whole range of prices of computation at once.
 
-    Leaving at exit e with probability `pi_e`, from sigmoids of score minus threshold, is worth
-    `sum_e pi_e (correct_e - price c_e)`. Adam, full batch, maximises its mean over the samples and
-    a grid of prices, each with its own thresholds, in the scores' weights and the thresholds.
+    With `pi_e` the probability of leaving at exit e, from sigmoids of score minus threshold, the
+    objective for one price is `sum_e pi_e (correct_e - price c_e)`. Full-batch Adam maximises its
+    mean over the samples and a grid of prices, in the weights of the scores and in thresholds,
+    which are separate for each price.
 
     Args:
       trace: N samples of a split that serves no other purpose; E exits.
@@ -115,7 +116,7 @@ def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
       steps: of Adam.
 
     Raises:
-      ValueError: an empty trace, logits with NaN or infinity, or costs that do not fit.
+      ValueError: if the trace is empty, logits are not finite, or the costs do not fit.
     """
     if not len(trace.labels):
         raise ValueError("an empty trace; give held-out samples.")
@@ -131,7 +132,7 @@ def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
     std = np.where(std > 1e-6, std, 1.0)
     standard = (statistics - mean[:, None]) / std[:, None]
     correct = (trace.logits.argmax(-1) == trace.labels[:, None]).T
-    # The last exit's score decides nothing; it stays `max_prob`.
+    # The score of the last exit has no effect; it stays `max_prob`.
     weights = np.zeros((exits, _STATISTICS + 1), np.float32)
     weights[:, 0] = _SLOPE
     shares = 1 - (np.arange(len(_PRICES)) + 0.5) / len(_PRICES)
@@ -150,8 +151,8 @@ def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
 def _fit(
     start: tuple[Array, Array], standard: Array, correct: Array, cost: Array, steps: int
 ) -> Array:
-    """The weights `[E, 6]`, from the first weights and thresholds `[prices, E - 1]`, statistics
-    `[E, N, 5]`, right `[E, N]` and costs `[E]`."""
+    """Weights `[E, 6]`, from initial weights and thresholds `[prices, E - 1]`, standardised
+    statistics `[E, N, 5]`, correct `[E, N]` and cost `[E]`."""
     optimiser = optax.adam(optax.cosine_decay_schedule(_RATE, max(steps, 1)))
 
     def loss(parameters: tuple[Array, Array]) -> Array:
@@ -160,13 +161,13 @@ def _fit(
         for e in range(len(standard)):
             before = _score(weights[e], standard[e], before)
             scores.append(before)
-        last = jnp.zeros((len(thresholds), 1), jnp.float32)  # not read
+        last = jnp.zeros((len(thresholds), 1), jnp.float32)  # has no effect
         levels = jnp.concatenate([thresholds, last], 1)
 
         def worth(level: Array, price: Array) -> Array:
             pi = jnp.exp(log_exit_distribution(jnp.stack(scores) - level[:, None]))
             gain = (pi * (correct - price * cost[:, None])).sum(0).mean()
-            # Else the dear prices, whose worth has the larger range, would count for more.
+            # Otherwise high prices, whose objective has the larger range, would dominate.
             return gain / (1 + price)
 
         moved = ((weights - start[0]) ** 2).sum() / standard.shape[1]
@@ -192,15 +193,15 @@ def _score(weights: Array, standard: Array, before: Array) -> Array:
 def _all_statistics(outputs: ExitOutput) -> Array:
     """`[E, N, 5]`, from logits `[E, N, C]`."""
     exits, count = outputs.logits.shape[:2]
-    past, found = jnp.full((count, exits), -1, jnp.int32), []
+    past, results = jnp.full((count, exits), -1, jnp.int32), []
     for e in range(exits):
         statistics, past = _statistics(jax.tree.map(lambda x, e=e: x[e], outputs), past)
-        found.append(statistics)
-    return jnp.stack(found)
+        results.append(statistics)
+    return jnp.stack(results)
 
 
 def _statistics(output: ExitOutput, past: Array) -> tuple[Array, Array]:
-    """`[B, 5]`, and the classes so far, `[B, E]` int32, latest first, -1 for those to come."""
+    """`[B, 5]`, and the classes so far, `[B, E]` int32, latest first, -1 for later exits."""
     now = output.logits.argmax(-1).astype(jnp.int32)
     agrees = (now == past[:, 0]).astype(jnp.float32)
     past = jnp.concatenate([now[:, None], past[:, :-1]], axis=1)
