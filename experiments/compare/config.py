@@ -150,8 +150,8 @@ def check(config: Comparison) -> None:
     require(exits >= 2, "network.exits", config.network.exits, expected)
     first = config.policies[0]
     expected = "another first: it is what others are compared to"
-    baseline = first in ("fixed", "random")
-    require(not baseline and not POLICIES[first].needs_gate, "policies", first, expected)
+    rule = POLICIES[first]
+    require(not rule.baseline and not rule.needs_gate, "policies", first, expected)
     for section, part, fields in (
         ("targets", targets, "budgets"),
         ("guarantee", guarantee, "budgets risks delta"),
