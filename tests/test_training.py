@@ -23,6 +23,7 @@ from eejax.network import normalise
 from eejax.training import REGIMES, RegimeOptions
 from experiments.data.splits import Split
 from experiments.train import loop
+from experiments.train.config import TrainConfig
 
 CLASSES, BATCH = 3, 16
 
@@ -100,15 +101,14 @@ def train_steps():
 def run(train_steps):
     """Trains as the main job does; `run(workdir)` returns the state and the rows."""
 
-    def go(workdir, *, resume=False, steps=train_steps, epochs=3, every=1e9):
+    def go(workdir, *, steps=train_steps, epochs=3, every=1e9):
         return loop.train(
             steps,
-            fresh(),
+            lambda key: fresh(),
             KEY,
             made_split(),
-            loop.Plan(epochs, BATCH, steps_per_dispatch=3, checkpoint_seconds=every),
+            TrainConfig(epochs=epochs, batch=BATCH, steps_per_dispatch=3, checkpoint_seconds=every),
             workdir=workdir,
-            resume=resume,
             watch=lambda state: [0.0, 0.5, 1.0],
             learning_rate=lambda step: 1e-2,
             console=Console(file=io.StringIO()),
@@ -209,7 +209,7 @@ def test_a_killed_run_resumed_ends_bit_for_bit_like_one_that_was_not(
         run(workdir, steps=mortal, every=every)
     with (workdir / loop.METRICS).open("a") as file:
         file.write('{"step": 999, "los')  # cut short by the kill
-    resumed, rows = run(workdir, resume=True)
+    resumed, rows = run(workdir)
     assert same(whole, resumed)
     assert [r["step"] for r in rows] == [r["step"] for r in whole_rows] == [3, 4, 7, 8, 11, 12]
     assert [r["loss"] for r in rows] == [r["loss"] for r in whole_rows]
@@ -219,7 +219,7 @@ def test_a_killed_run_resumed_ends_bit_for_bit_like_one_that_was_not(
 
 def test_a_finished_run_resumed_trains_no_more(run, tmp_path):
     whole, _ = run(tmp_path)
-    again, _ = run(tmp_path, resume=True, steps=lambda *_: pytest.fail("trained"))
+    again, _ = run(tmp_path, steps=lambda *_: pytest.fail("trained"))
     assert same(whole, again)
 
 

@@ -1,5 +1,4 @@
-"""The training loop: dispatches, progress, metrics.jsonl, checkpoints, and leaving in good
-order."""
+"""The training loop: dispatches, progress, metrics.jsonl, checkpoints, signals."""
 
 from __future__ import annotations
 
@@ -9,20 +8,22 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eejax import checkpoint
 from eejax import gates as soft
-from eejax.training.state import TrainState
-from eejax.training.step import Metrics
+from eejax.training import Metrics, TrainState
 from experiments.data.splits import Split
 from experiments.train.augment import epoch_order
+from experiments.train.config import TrainConfig
 
 _order = jax.jit(epoch_order, static_argnums=(1, 2))
 
@@ -42,114 +43,96 @@ class Stopped(KeyboardInterrupt):
         self.code = code
 
 
-class Plan(NamedTuple):
-    """How long to train, and how often to look up.
-
-    Attributes:
-      epochs: passes over the training split.
-      batch: samples a step.
-      steps_per_dispatch: steps a call of the compiled program.
-      checkpoint_seconds: between two checkpoints.
-    """
-
-    epochs: int
-    batch: int
-    steps_per_dispatch: int
-    checkpoint_seconds: float
-
-
 def train(
     train_steps: Callable[..., tuple[TrainState, Metrics]],
-    state: TrainState,
-    key: jax.Array,
+    init: Callable[[Array], TrainState],
+    key: Array,
     split: Split,
-    plan: Plan,
+    config: TrainConfig,
     *,
     workdir: Path,
-    resume: bool,
     watch: Callable[[TrainState], list[float]],
     learning_rate: Callable[[Any], Any],
     console: Console,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains to the end of the plan, or from the newest checkpoint on.
+    """Trains to the end, from the newest checkpoint in `workdir` on, if there is one.
 
     Args:
-      train_steps: of `training.make_train_steps`.
-      state: fresh; of a resumed run only its shapes count.
-      key: of order and augmentation; what step s draws depends on `key` and s alone.
+      train_steps: of `make_train_steps`.
+      init: makes a fresh state from a key.
+      key: of parameters, order and augmentation; what step s draws depends on `key` and s alone.
       split: images and labels, moved to the device whole.
-      plan: how long.
-      workdir: where `checkpoints/` and `metrics.jsonl` go.
-      resume: continue from the newest checkpoint that can be read.
+      config: how long, and how often to save.
+      workdir: directory of `checkpoints/` and `metrics.jsonl`.
       watch: held-out accuracy of each exit, called after each epoch; nothing is decided by it.
       learning_rate: the schedule, for the record.
-      console: where progress goes.
+      console: for progress.
 
     Returns:
-      The trained state, and the rows of `metrics.jsonl`: one a dispatch, and one an epoch that has
+      The trained state, and the rows of `metrics.jsonl`: one a dispatch. The last of each epoch has
       `held_out_accuracy`.
 
     Raises:
-      FloatingPointError: a loss or a gradient was not finite; the message has the step's number.
-      Stopped: SIGTERM or SIGINT; the state was saved.
+      FloatingPointError: if a loss or a gradient is not finite; the message has the step.
+      CheckpointError: if there are checkpoints and none can be read.
+      Stopped: after SIGTERM or SIGINT; the state is saved.
     """
-    per_epoch = len(split.images) // plan.batch
-    total = per_epoch * plan.epochs
-    rows: list[dict[str, Any]] = []
-    step = 0
-    if resume:
-        step, state, rows = _restore(workdir, state, console)
-        if step == total:
-            return state, rows
-    _write_rows(workdir, rows)
-    seconds = rows[-1]["seconds"] if rows else 0.0
+    per_epoch = len(split.images) // config.batch
+    total = per_epoch * config.epochs
+    if checkpoint.steps(workdir / CHECKPOINTS):
+        step, state, rows = _restore(workdir, init, key, console)
+    else:
+        step, state, rows = 0, init(key), []
+    if step == total:
+        return state, rows
+    (workdir / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
-    began, saved = time.monotonic() - seconds, time.monotonic()
-    interactive = console.is_terminal
+    began = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
+    saved, order = time.monotonic(), None
 
-    with _signals() as caught, _progress(console) as bar:
+    with _signals() as caught, _progress(console) as bar, (workdir / METRICS).open("a") as file:
         task = bar.add_task("training", total=total, completed=step, facts="compiling")
         while step < total:
             epoch, start = divmod(step, per_epoch)
-            epoch_rows = _order(
-                jax.random.fold_in(jax.random.fold_in(key, 1), epoch), len(split.images), plan.batch
+            if order is None or start == 0:
+                epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
+                order = _order(epoch_key, len(split.images), config.batch)
+            count = min(config.steps_per_dispatch, per_epoch - start)
+            before = time.monotonic()
+            state, metrics = train_steps(
+                state, jax.random.fold_in(key, 2), images, labels, order, start, count
             )
-            while start < per_epoch:
-                count = min(plan.steps_per_dispatch, per_epoch - start)
-                before = time.monotonic()
-                state, metrics = train_steps(
-                    state, jax.random.fold_in(key, 2), images, labels, epoch_rows, start, count
+            metrics = jax.device_get(metrics)
+            step += count
+            row = _row(metrics, step, step / per_epoch, count)
+            row["learning_rate"] = float(learning_rate(step - 1))
+            row["images_per_second"] = count * config.batch / (time.monotonic() - before)
+            if metrics.first_bad >= 0:
+                raise FloatingPointError(
+                    f"the loss or its gradient is not finite at step {int(metrics.first_bad)}; "
+                    "try a lower --train.learning-rate. The checkpoints before it are kept."
                 )
-                metrics = jax.device_get(metrics)
-                step, start = step + count, start + count
-                row = _row(metrics, step, step / per_epoch, count)
-                row["learning_rate"] = float(learning_rate(step - 1))
-                row["images_per_second"] = count * plan.batch / (time.monotonic() - before)
-                row["seconds"] = time.monotonic() - began
-                if metrics.first_bad >= 0:
-                    raise FloatingPointError(
-                        f"the loss or its gradient is not finite at step {int(metrics.first_bad)}; "
-                        "try a lower --train.learning-rate. The checkpoints before it are kept."
-                    )
-                if start == per_epoch:
-                    row["held_out_accuracy"] = watch(state)
-                    row["seconds"] = time.monotonic() - began
-                rows.append(row)
-                _append_row(workdir, row)
-                bar.update(task, completed=step, facts=_facts(row, plan.epochs))
-                if start == per_epoch and not interactive:
-                    console.print(f"epoch {epoch + 1}/{plan.epochs}  {_facts(row, plan.epochs)}")
-                late = time.monotonic() - saved >= plan.checkpoint_seconds
-                if late or step == total or caught:
-                    checkpoint.save(workdir / CHECKPOINTS, step, state)
-                    saved = time.monotonic()
-                if caught:
-                    name = signal.Signals(caught[0]).name
-                    raise Stopped(
-                        f"{name}: saved after step {step} of {total}; continue with "
-                        f"--workdir {workdir} --resume",
-                        128 + caught[0],
-                    )
+            epoch_ends = step % per_epoch == 0
+            if epoch_ends:
+                row["held_out_accuracy"] = watch(state)
+            row["seconds"] = time.monotonic() - began
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            facts = _facts(row, config.epochs)
+            bar.update(task, completed=step, facts=facts)
+            if epoch_ends and not console.is_terminal:
+                console.print(f"epoch {epoch + 1}/{config.epochs}  {facts}")
+            late = time.monotonic() - saved >= config.checkpoint_seconds
+            if late or step == total or caught:
+                checkpoint.save(workdir / CHECKPOINTS, step, state)
+                saved = time.monotonic()
+            if caught:
+                raise Stopped(
+                    f"{signal.Signals(caught[0]).name}: saved after step {step} of {total}; "
+                    f"continue with --workdir {workdir} --resume",
+                    128 + caught[0],
+                )
     return state, rows
 
 
@@ -194,35 +177,27 @@ def _facts(row: dict[str, Any], epochs: int) -> str:
 
 
 def _restore(
-    workdir: Path, fresh: TrainState, console: Console
+    workdir: Path, init: Callable[[Array], TrainState], key: Array, console: Console
 ) -> tuple[int, TrainState, list[dict[str, Any]]]:
-    """The newest readable checkpoint and the metrics up to it; from the beginning if there is
-    none."""
+    """The newest checkpoint that can be read, and the metrics up to it."""
 
     def warn(message: str) -> None:
         console.print(f"WARNING: {message}; using the one before it", style="yellow")
 
-    if not checkpoint.steps(workdir / CHECKPOINTS):
-        console.print("no checkpoint yet: training starts from the beginning")
-        return 0, fresh, []
-    step, state = checkpoint.restore(workdir / CHECKPOINTS, fresh, warn)
+    # On this process's device, whatever device wrote it.
+    here = SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init, key)
+    )
+    step, state = checkpoint.restore(workdir / CHECKPOINTS, like, warn)
     rows = []
     for line in (workdir / METRICS).read_text().splitlines():
-        # The last line may have been cut short by the kill; it is of a later step anyway.
+        # A kill may have cut the last line short; it belongs to a later step anyway.
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
             rows += [row] if row["step"] <= step else []
     console.print(f"continuing after step {step}")
     return step, state, rows
-
-
-def _write_rows(workdir: Path, rows: list[dict[str, Any]]) -> None:
-    (workdir / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _append_row(workdir: Path, row: dict[str, Any]) -> None:
-    with (workdir / METRICS).open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _progress(console: Console) -> Progress:
@@ -239,7 +214,7 @@ def _progress(console: Console) -> Progress:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second one kills as usual."""
+    """Collects SIGTERM and SIGINT; a second one kills as usual."""
     caught: list[int] = []
     before = {}
 

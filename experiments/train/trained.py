@@ -6,6 +6,7 @@ The main job and every network of a comparison call `trained`. What does not dep
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import SingleDeviceSharding
 from optax.contrib import MuonDimensionNumbers, muon
 from rich.console import Console
 
-from eejax import checkpoint, cost
+from eejax import cost
 from eejax.network import EarlyExitNetwork, Variables, normalise
 from eejax.trace import collect
 from eejax.training import (
@@ -90,101 +90,68 @@ def trained(run: TrainRun, seed: int, place: Path, console: Console) -> Trained:
       CheckpointError: if there are checkpoints and none can be read.
       loop.Stopped: after SIGTERM or SIGINT; the state is saved.
     """
-    data, model, program = dataset(run), network(run), _program(run)
-    key = jax.random.key(seed)
-    resume = bool(checkpoint.steps(place / loop.CHECKPOINTS))
+    data, model, (init, train_steps, learning_rate) = dataset(run), network(run), _program(run)
 
     def held_out_accuracy(state: TrainState) -> list[float]:
         trace = collect(model, state.variables, *data.calibrate)
         return (trace.logits.argmax(-1) == trace.labels[:, None]).mean(0).tolist()
 
     state, rows = loop.train(
-        program.step,
-        _shapes(program.init, key) if resume else program.init(key),
-        key,
+        train_steps,
+        init,
+        jax.random.key(seed),
         data.train,
-        loop.Plan(
-            run.train.epochs,
-            run.train.batch,
-            run.train.steps_per_dispatch,
-            run.train.checkpoint_seconds,
-        ),
+        run.train,
         workdir=place,
-        resume=resume,
         watch=held_out_accuracy,
-        learning_rate=program.learning_rate,
+        learning_rate=learning_rate,
         console=console,
     )
     return Trained(model, state.variables, costs(run), data, rows)
 
 
-def _shapes(init: Callable[[Array], TrainState], key: Array) -> TrainState:
-    """Shapes of a state, on this process's device, whatever device wrote the checkpoint."""
-    here = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init, key)
-    )
-
-
 def dataset(run: TrainRun) -> splits.Dataset:
     """The images of a run, read once a process."""
-    return _dataset(run.data, run.split_seed)
+    return _load(run.data, run.split_seed)
 
 
 def network(run: TrainRun) -> EarlyExitNetwork:
     """The network of a run; runs that differ in training alone share it, and what it compiles."""
-    return _network(run.data, run.split_seed, run.network, run.ends_at)
+    return _network(dataclasses.replace(run, train=TrainConfig()))
 
 
 def costs(run: TrainRun) -> cost.Costs:
     """Multiply-accumulates of the network's stages and heads."""
-    return _costs(run.data, run.split_seed, run.network, run.ends_at)
+    return _costs(dataclasses.replace(run, train=TrainConfig()))
+
+
+_load = functools.cache(splits.load)
 
 
 @functools.cache
-def _dataset(config: DataConfig, seed: int) -> splits.Dataset:
-    return splits.load(config, seed)
-
-
-@functools.cache
-def _network(
-    images: DataConfig, split_seed: int, config: NetworkConfig, ends_at: int | None
-) -> EarlyExitNetwork:
-    data = _dataset(images, split_seed)
-    bare = build_network(config, len(data.classes), data.train.images.shape[1:])
+def _network(run: TrainRun) -> EarlyExitNetwork:
+    data = dataset(run)
+    bare = build_network(run.network, len(data.classes), data.train.images.shape[1:])
     whole = bare.reading(normalise(data.mean, data.std))
-    return whole if ends_at is None else whole.keeping([ends_at])
+    return whole if run.ends_at is None else whole.keeping([run.ends_at])
 
 
 @functools.cache
-def _costs(
-    images: DataConfig, split_seed: int, config: NetworkConfig, ends_at: int | None
-) -> cost.Costs:
-    model = _network(images, split_seed, config, ends_at)
-    image = jnp.asarray(_dataset(images, split_seed).train.images[:1])
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    return cost.xla_macs(model, shapes, image)
-
-
-class _Program(NamedTuple):
-    """What is compiled once for all seeds.
-
-    Attributes:
-      init: `key -> TrainState`.
-      step: as `make_train_steps`.
-      learning_rate: the schedule.
-    """
-
-    init: Callable[[Array], TrainState]
-    step: Callable[..., tuple[TrainState, Metrics]]
-    learning_rate: optax.Schedule
+def _costs(run: TrainRun) -> cost.Costs:
+    image = jnp.asarray(dataset(run).train.images[:1])
+    shapes = jax.eval_shape(network(run).init, jax.random.key(0), image)
+    return cost.xla_macs(network(run), shapes, image)
 
 
 @functools.cache
-def _program(run: TrainRun) -> _Program:
+def _program(
+    run: TrainRun,
+) -> tuple[
+    Callable[[Array], TrainState], Callable[..., tuple[TrainState, Metrics]], optax.Schedule
+]:
+    """`init(key)`, the compiled steps and the learning rate, which all seeds share."""
     train, model, data = run.train, network(run), dataset(run)
     steps = len(data.train.images) // train.batch * train.epochs
-    tx = optimiser(train, steps)
     image = jnp.asarray(data.train.images[:1])
     options = RegimeOptions(
         jnp.asarray(train.exit_weights or (1.0,) * model.num_exits, jnp.float32),
@@ -192,19 +159,21 @@ def _program(run: TrainRun) -> _Program:
         jnp.asarray(costs(run).fractions, jnp.float32),
     )
     phases = REGIMES[train.regime].phases(options)
+    rule = functools.partial(optimiser, train)
     train_steps = make_train_steps(
         model,
-        functools.partial(optimiser, train),
+        rule,
         phases,
         _augmentation(run.data, data.mean),
         steps=steps,
         classes=len(data.classes),
         label_smoothing=train.label_smoothing,
     )
-    return _Program(
-        jax.jit(lambda key: init_state(model, tx, key, image)),
+    learning_rate = joined(functools.partial(schedule, train, train.learning_rate), phases, steps)
+    return (
+        jax.jit(lambda key: init_state(model, rule(steps), key, image)),
         train_steps,
-        joined(functools.partial(schedule, train, train.learning_rate), phases, steps),
+        learning_rate,
     )
 
 
