@@ -1,11 +1,11 @@
 """The measurements of `experiments.latency` as rows of plain data.
 
-A row has the columns of `eejax.benchmark.benchmark_rows`, of which the plain network at the batch
-served is the reference. Beside it there is a stricter one, the plain network at its best batch:
-`plain_best_ms` is its time for as many images at the best of the batches up to the one served
-(`plain_best_batch`; a larger one would need images that are not there), and `ideal_best_ms`,
-`efficiency_best` and `speedup_best` follow from it. It is searched once, and the few best batches
-are timed again in every round, so that a bad moment in the search does not spoil the reference.
+A row has the columns of `eejax.benchmark.benchmark_rows`, whose reference is the plain network at
+the batch served. There is a stricter one, the plain network at its best batch: `plain_best_ms` is
+its time for as many images at the best of the batches up to the one served (`plain_best_batch`; a
+larger one would need images that are not there), and `ideal_best_ms`, `efficiency_best` and
+`speedup_best` follow from it. It is searched once, and the best few batches are timed again in
+every round, so that a bad moment in the search does not spoil the reference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import eejax
 from eejax import benchmark
 from eejax.benchmark import BenchmarkEntry
-from eejax.network import EarlyExitNetwork, ExitOutput, Module, PyTree, Variables
+from eejax.network import EarlyExitNetwork, ExitOutput, Module
 from experiments.latency import strategies
 from experiments.latency.arguments import Arguments
 from experiments.latency.workload import Workload, thresholds_of
@@ -50,63 +50,42 @@ class Progress(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """The plain network at one batch size.
-
-    Attributes:
-      ms: an image takes, as far as the search measured it.
-      program: images to labels, in its fastest form.
-    """
+    """The plain network at one batch size: its time an image in the search, and its program."""
 
     ms: float
     program: Callable[[Any], Any]
 
 
-class Timed(NamedTuple):
-    """A strategy with one distribution, ready to be timed.
-
-    Attributes:
-      entry: what is timed.
-      columns: of its row, besides the times.
-    """
-
-    entry: BenchmarkEntry
-    columns: Row
-
-
 def count_images(arguments: Arguments) -> int:
     """How many images the flags need."""
-    streams = bool(_streams(arguments))
-    return max(SINGLES, *arguments.batches, streams * min(STREAMED, arguments.images))
+    streamed = min(STREAMED, arguments.images) if _streams(arguments) else 0
+    return max(SINGLES, *arguments.batches, streamed)
 
 
 def measured(workload: Workload, arguments: Arguments, progress: Progress) -> Iterator[list[Row]]:
     """The rows of each batch size as soon as they are known, and those of `stream` at the end."""
     streams = _streams(arguments)
-    direct = [name for name in dict.fromkeys(arguments.strategies) if name not in streams]
+    direct = [s for s in dict.fromkeys(arguments.strategies) if not strategies.is_stream(s)]
     batches = sorted(set(arguments.batches)) if direct else []
     chunk = 1 << min(CHUNK, arguments.images).bit_length() - 1 if streams else 0
-    served = [*batches, *[chunk][: len(streams)]]
-    if not served:
-        return
-    tried = {*served, *(b for b in arguments.plain_batches if b <= max(served))}
+    largest = max([chunk, *batches])
+    tried = {*batches, chunk, *(b for b in arguments.plain_batches if b <= largest)} - {0}
     plain = _search(workload, sorted(tried), min(arguments.repeats, 5), progress)
 
     def batch_rows(batch: int) -> list[Row]:
-        pool = workload.images[: SINGLES if batch == 1 else batch]
-        pieces = _split(pool, batch)
+        pieces = _split(workload.images[: SINGLES if batch == 1 else batch], batch)
         stages = _stage_seconds(workload, pieces[0], arguments.repeats, progress)
         timed = []
         for name in direct:
             progress.status(f"batch {batch}: compiling {name}")
             what = f"{name} at batch {batch}"
-            prepare = functools.partial(_direct, name, workload, arguments, pieces, stages)
-            timed += _attempt(what, prepare, progress)
+            entries = functools.partial(_direct, name, workload, arguments, pieces, stages)
+            timed += _attempt(what, entries, progress)
         progress.status(f"batch {batch}: timing {len(timed)} calls, {arguments.repeats} times each")
         rows = _rows(workload, plain, pieces, batch, timed, arguments.repeats)
-        if batch == 1:
-            for row in rows:
-                if row["strategy"] == "cond":
-                    row["overhead_ms"] = overhead_ms(workload, arguments.repeats)
+        for row in rows:
+            if batch == 1 and row["strategy"] == "cond":
+                row["overhead_ms"] = overhead_ms(workload, arguments.repeats)
         return rows
 
     def stream_rows(name: str) -> list[Row]:
@@ -128,28 +107,16 @@ def measured(workload: Workload, arguments: Arguments, progress: Progress) -> It
 def overhead_ms(workload: Workload, repeats: int) -> float:
     """The median time of a call of `cond` on one image, with stages that return their input and
     heads that return zeros: what a call costs before anything is computed."""
-    network, policy, variables = workload.network, workload.policy, workload.variables
-    image, exits = workload.images[:1], network.num_exits
-    classes = jax.eval_shape(network.apply_plain, variables, image).shape[-1]
-
-    def stage(variables: Variables, features: PyTree, **_: Any) -> tuple[PyTree, PyTree]:
-        del variables
-        return features, {}
-
-    def head(
-        variables: Variables, features: PyTree, memory: PyTree, **_: Any
-    ) -> tuple[ExitOutput, PyTree]:
-        del variables, memory
-        count = features.shape[0]
-        return ExitOutput(jnp.zeros((count, classes)), jnp.zeros(count), ()), {}
-
-    empty = EarlyExitNetwork(
-        (Module(lambda *_: {}, stage),) * exits, (Module(lambda *_: {}, head),) * exits
-    )
+    network, image = workload.network, workload.images[:1]
+    exits = network.num_exits
+    logits = jax.eval_shape(network.apply_plain, workload.variables, image)
+    zeros = ExitOutput(jnp.zeros(logits.shape, jnp.float32), jnp.zeros(1), ())
+    stage = Module(lambda *_: {}, lambda variables, x, **_: (x, {}))
+    head = Module(lambda *_: {}, lambda variables, x, memory, **_: (zeros, {}))
+    empty = EarlyExitNetwork((stage,) * exits, (head,) * exits)
     nothing = {"params": {"stages": ({},) * exits, "heads": ({},) * exits}}
-    predict = eejax.predictor(empty, policy, nothing, eejax.cond, max_batch=1)
-    thresholds = jnp.full(exits - 1, jnp.inf)
-    call = functools.partial(predict, thresholds, image)
+    predict = eejax.predictor(empty, workload.policy, nothing, eejax.cond, max_batch=1)
+    call = functools.partial(predict, jnp.full(exits - 1, jnp.inf), image)
     return 1e3 * float(np.median(benchmark.paired_seconds([call], max(repeats, 10))))
 
 
@@ -198,21 +165,17 @@ def _search(
     workload: Workload, batches: Sequence[int], repeats: int, progress: Progress
 ) -> dict[int, Plain]:
     """The plain network at each batch size, timed in turn."""
-    programs = []
+    entries, programs = [], []
     for batch in batches:
         progress.status(f"the plain network's best batch: compiling {batch}")
         images = workload.images[:batch]
-        programs.append(benchmark.fastest_plain(workload.network, workload.variables, images, 3))
+        program = benchmark.fastest_plain(workload.network, workload.variables, images, 3)
+        programs.append(program)
+        entries.append(benchmark.plain_entry([program], [images]))
     progress.status("the plain network's best batch: timing")
-    entries = [
-        benchmark.plain_entry([program], [workload.images[:batch]])
-        for batch, program in zip(batches, programs, strict=True)
-    ]
     rows = benchmark.benchmark_rows(entries, 1, repeats, warmup=0)
-    return {
-        batch: Plain(row["ms"], program)
-        for batch, row, program in zip(batches, rows, programs, strict=True)
-    }
+    times = [row["ms"] for row in rows]
+    return dict(zip(batches, map(Plain, times, programs), strict=True))
 
 
 def _direct(
@@ -221,8 +184,8 @@ def _direct(
     arguments: Arguments,
     pieces: Sequence[np.ndarray],
     stages: np.ndarray,
-) -> Iterator[Timed]:
-    """A strategy that serves batches, with each distribution; it has run once."""
+) -> Iterator[tuple[BenchmarkEntry, Row]]:
+    """A strategy that serves batches, which has run once, and columns, for each distribution."""
     predict, columns = None, {}
     auto = strategies.split_strategy(name)[0] == "auto"
     for distribution in arguments.long() if auto else dict.fromkeys(arguments.distributions):
@@ -237,7 +200,7 @@ def _direct(
         memory = strategies.program_bytes(predict, thresholds, pieces[0])
         # Where the peak was higher before, nothing is known.
         memory = memory or strategies.peak_bytes() - before or None
-        yield Timed(entry, {"distribution": distribution, "peak_bytes": memory, **columns})
+        yield entry, {"distribution": distribution, "peak_bytes": memory, **columns}
 
 
 def _streamed(
@@ -247,8 +210,9 @@ def _streamed(
     pool: np.ndarray,
     chunk: int,
     stages: np.ndarray,
-) -> Iterator[Timed]:
-    """A stream of `arguments.images` images, which repeats the pool, with long distributions."""
+) -> Iterator[tuple[BenchmarkEntry, Row]]:
+    """A stream of `arguments.images` images, which repeats the pool, and columns, for each long
+    distribution."""
     serve = strategies.stream(name, workload, chunk)
     order = np.resize(np.arange(len(pool)), arguments.images)
     batches = [pool[order[i : i + chunk]] for i in range(0, len(order), chunk)]
@@ -261,7 +225,7 @@ def _streamed(
             return [np.asarray(p.labels) for p in serve(thresholds, batches)]
 
         entry = BenchmarkEntry(name, [call], len(order), exits[order], stages)
-        yield Timed(entry, {"distribution": distribution, "peak_bytes": None})
+        yield entry, {"distribution": distribution, "peak_bytes": None}
 
 
 def _rows(
@@ -269,7 +233,7 @@ def _rows(
     plain: dict[int, Plain],
     pieces: Sequence[np.ndarray],
     count: int,
-    timed: Sequence[Timed],
+    timed: Sequence[tuple[BenchmarkEntry, Row]],
     repeats: int,
 ) -> list[Row]:
     """Times strategies and the plain network in turn.
@@ -279,34 +243,35 @@ def _rows(
       plain: by batch size.
       pieces: batches that the plain network serves.
       count: the number of images that times are stated for.
-      timed: strategies with their distributions.
+      timed: entries of strategies, and columns of their rows.
       repeats: rounds.
     """
     size = len(pieces[0])
     fastest = sorted((b for b in plain if b < size), key=lambda b: plain[b].ms)[:BEST_BATCHES]
-    plains = [benchmark.plain_entry([plain[size].program], pieces)]
-    plains += [benchmark.plain_entry([plain[b].program], [workload.images[:b]]) for b in fastest]
-    entries = [*plains, *(t.entry for t in timed)]
-    rows = benchmark.benchmark_rows(entries, count, repeats, warmup=0)
-    times = [row["ms"] for row in rows[: len(plains)]]
-    best = int(np.argmin(times))
-    ratio = times[best] / times[0]
-    rows = [
+    entries = [benchmark.plain_entry([plain[size].program], pieces)]
+    entries += [benchmark.plain_entry([plain[b].program], [workload.images[:b]]) for b in fastest]
+    sizes = [size, *fastest]
+    rows = benchmark.benchmark_rows(
+        [*entries, *(entry for entry, _ in timed)], count, repeats, warmup=0
+    )
+    best = min(range(len(sizes)), key=lambda i: rows[i]["ms"])
+    plain_best = {"plain_best_ms": rows[best]["ms"], "plain_best_batch": sizes[best]}
+    ratio = rows[best]["ms"] / rows[0]["ms"]
+    strategy_rows = [
         {
             "network": workload.name,
             **row,
-            **t.columns,
-            "plain_best_ms": times[best],
-            "plain_best_batch": [size, *fastest][best],
+            **columns,
+            **plain_best,
             "ideal_best_ms": ratio * row["ideal_ms"],
             "efficiency_best": ratio * row["efficiency"],
             "speedup_best": ratio * row["speedup"],
         }
-        for row, t in zip(rows[len(plains) :], timed, strict=True)
+        for row, (_, columns) in zip(rows[len(sizes) :], timed, strict=True)
     ]
-    at = {(row["strategy"], row["distribution"]): row["ms"] for row in rows}
-    for row in rows:
+    at = {(row["strategy"], row["distribution"]): row["ms"] for row in strategy_rows}
+    for row in strategy_rows:
         ends = [(row["strategy"], name) for name in ("first", "last")]
         known = [at[end] for end in ends if end in at]
-        row["break_even"] = break_even(*known, plain=times[best]) if len(known) == 2 else None
-    return rows
+        row["break_even"] = break_even(*known, plain=rows[best]["ms"]) if len(known) == 2 else None
+    return strategy_rows
