@@ -1,0 +1,31 @@
+"""The guides' code runs, and the documentation's tables of contents are complete."""
+
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+from test_docs import run_page
+
+import eejax
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+@pytest.mark.parametrize("page", ["train.md", "thresholds.md", "inference.md", "comparing.md"])
+def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, blocks = run_page(page)
+    assert blocks >= 2
+
+
+def test_the_reference_has_every_module():
+    pages = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    listed = set(re.findall(r"^::: eejax\.(\w+)$", pages, re.MULTILINE))
+    assert listed == {module.name for module in pkgutil.iter_modules(eejax.__path__)}
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
