@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("page", ["train.md", "thresholds.md", "inference.md", "comparing.md"])
+@pytest.mark.parametrize("page", ["train.md", "thresholds.md", "inference.md"])
 def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, blocks = run_page(page)
@@ -29,3 +29,13 @@ def test_the_reference_has_every_module():
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+
+
+def test_every_regime_policy_and_executor_is_in_a_guide():
+    def rows(page):
+        cells = re.findall(r"^\|([^|]*)\|([^|]*)", (DOCS / page).read_text(), re.MULTILINE)
+        return set(re.findall(r"`(\w+)`", " ".join(f"{a} {b}" for a, b in cells)))
+
+    assert set(eejax.training.REGIMES) <= rows("train.md")
+    assert set(eejax.policies.POLICIES) <= rows("comparing.md")
+    assert set(eejax.inference.EXECUTORS) <= rows("inference.md")
