@@ -248,12 +248,11 @@ def fastest_plain(
 def stage_seconds(
     network: EarlyExitNetwork, variables: Variables, images: jax.Array, repeats: int = 20
 ) -> np.ndarray:
-    """Measured seconds of each stage with its head, `[E]`: what it adds to those before it.
+    """Measured seconds of each stage with its head, `[E]`: what it adds to the stages before it.
 
-    Programs that end at exit 1, 2, ... E, heads on the way included, are timed in turn, and the
-    differences of their medians taken. So the stages add up to the network; stages in programs of
-    their own do not, because each pays a dispatch, which for a single small image is a third of the
-    time and is charged to the late, cheap stages most of all.
+    Programs that end at exit 1, 2, ... E, with all heads on the way, are timed in turn; the result
+    is the difference of their medians. So the stages add up to the network. Stages in separate
+    programs do not: each pays a dispatch, which for a single small image is a third of the time.
 
     Args:
       network: E exits.
@@ -261,9 +260,8 @@ def stage_seconds(
       images: `[B, ...]`, on the device.
       repeats: interleaved runs of each program.
     """
-
-    until = [(e, range(e + 1)) for e in range(network.num_exits)]
-    return _added(_program_seconds(network, variables, images, repeats, until))
+    programs = [(e, range(e + 1)) for e in range(network.num_exits)]
+    return _increments(_program_seconds(network, variables, images, repeats, programs))
 
 
 def seconds(
@@ -271,33 +269,31 @@ def seconds(
 ) -> Costs:
     """Measured seconds of each stage and of each head *for the whole batch*, not for a sample.
 
-    With `Q_e` the time of a program of the stages up to e with all heads up to e, and `A_e` of the
-    same with head e alone, `Q_e - A_e` is what the heads before e take in a network that goes on.
-    Its rise from exit to exit is one head, and what is left of `Q_e - Q_{e-1}` is the stage. The
-    last head is what the last `A_e` takes beyond the bare stages. `Q_e` and `A_e` are timed right
-    after each other and the median of their difference taken: a head is so short that what the
-    machine's speed drifts by in a round would hide it. Nothing is below zero, and a stage and its
-    head add up to what `stage_seconds` measures. A head within the clock's noise can come out as
-    nothing.
+    With `Q_e` the time of a program of the stages up to e with all heads up to e, and `A_e` the
+    same with head e alone, `Q_e - A_e` is the time of the heads before e. Its increase from exit to
+    exit is one head, and the rest of `Q_e - Q_{e-1}` is the stage. The last head is what the last
+    `A_e` adds to the stages without heads. `Q_e` and `A_e` are timed right after each other, and
+    the median of their difference counts, because a head is shorter than the drift of a machine's
+    speed during a round. No time is below zero, and a stage and its head add up to
+    `stage_seconds`. A head shorter than the clock's noise can come out as zero.
 
-    The first stage has the dispatch of a program in it, and a batch of another size, or one of
-    which a part has left, takes another time: XLA's kernels do not cost in proportion.
+    The first stage includes the dispatch of a program. Times do not scale to another batch size.
 
     Args:
-      network: E exits. A head that reads memory is given zeros where the one before is left out.
+      network: E exits. A head whose predecessor is left out reads zeros as its memory.
       variables: as `network.init` gives.
       images: `[B, ...]`, on the device.
       repeats: interleaved runs of each of the 2 E programs.
 
     Returns:
-      Seconds for B images; `cumulative` is that of a batch which leaves at e as a whole.
+      Seconds for B images; `cumulative` is that of a batch in which all samples leave at e.
     """
-    later = [((e, range(e + 1)), (e, [e])) for e in range(1, network.num_exits)]
-    bare = (network.num_exits - 1, [])
-    programs = [(0, [0]), *itertools.chain.from_iterable(later), bare]
+    pairs = [((e, range(e + 1)), (e, [e])) for e in range(1, network.num_exits)]
+    headless = (network.num_exits - 1, [])
+    programs = [(0, [0]), *itertools.chain.from_iterable(pairs), headless]
     times = _program_seconds(network, variables, images, repeats, programs)
-    both = _added(times[[0, *range(1, len(times) - 1, 2)]])
-    # Of the heads before e, which are none before the first. Each head adds to it.
+    both = _increments(times[[0, *range(1, len(times) - 1, 2)]])
+    # Of all heads before e; each head adds to it.
     before = np.median(times[1:-1:2] - times[2:-1:2], axis=1)
     before = np.maximum.accumulate(np.append(0.0, before))
     last = max(float(np.median(times[-2] - times[-1])), 0.0)
@@ -312,13 +308,13 @@ def _program_seconds(
     repeats: int,
     programs: Sequence[tuple[int, Sequence[int]]],
 ) -> np.ndarray:
-    """`[P, repeats]` of programs `(last, heads)`: stages up to `last`, and these of their heads.
+    """`[P, repeats]` of programs `(last, heads)`: the stages up to `last`, and some of their heads.
 
-    All that the heads say is returned, and the features where there is no head, so that XLA leaves
-    nothing out.
+    All outputs of the heads are returned, or the features if there are no heads, so that XLA
+    removes no computation.
     """
     shapes = [memory for _, _, _, (_, memory) in exit_inputs(network, variables, images)]
-    # For heads whose predecessor is left out. As arguments, or XLA would compute with them ahead.
+    # Memory of heads whose predecessor is left out: arguments, or XLA would fold the constants.
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def call(last: int, heads: Sequence[int]) -> Callable[[], Any]:
@@ -340,6 +336,6 @@ def _program_seconds(
     return paired_seconds(calls, repeats)
 
 
-def _added(times: np.ndarray) -> np.ndarray:
-    """What each of several nested programs, timed `[P, repeats]`, takes beyond the one before."""
+def _increments(times: np.ndarray) -> np.ndarray:
+    """What each of several nested programs, timed `[P, repeats]`, adds to the one before."""
     return np.maximum(np.diff(np.median(times, axis=1), prepend=0.0), 0.0)

@@ -1,18 +1,22 @@
 """The latency benchmark: what it sends where, what its rows say, and how it fails. Never a time."""
 
+import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from eejax import benchmark
+from eejax.benchmark import BenchmarkEntry
 from eejax.inference import EXECUTORS
 from experiments.latency import __main__ as latency
 from experiments.latency import rows as latency_rows
 from experiments.latency import strategies as latency_strategies
 from experiments.latency.arguments import parse
 from experiments.latency.distributions import exit_counts, exit_rates, imposed_thresholds
-from experiments.latency.rows import break_even
+from experiments.latency.rows import Plain, break_even
 
 KEYS = {
     *("network", "strategy", "batch", "distribution", "ms", "spread", "plain_ms", "ideal_ms"),
@@ -199,6 +203,35 @@ def test_shares_add_up():
     assert exit_counts([1 / 3] * 3, 4).tolist() == [2, 1, 1]
     assert exit_counts([0.1, 0.2, 0.7], 10).tolist() == [1, 2, 7]
     assert exit_counts([0.0, 0.0, 1.0], 7).tolist() == [0, 0, 7]
+
+
+def test_a_bad_moment_in_the_search_does_not_spoil_the_reference(monkeypatch):
+    """On a clock that nothing but the programs sets forward."""
+    clock = [0.0]
+
+    def program(seconds):
+        def run(images):
+            clock[0] += seconds
+            return np.zeros(len(images), int)
+
+        return run
+
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    workload = dataclasses.replace(_workload(), images=np.zeros((4, 8, 8, 3), np.uint8))
+    # Batches of two are the best, 4 s for four images; the search saw the smallest as the best.
+    seen = {1: (1.0, 3.0), 2: (9.0, 2.0), 4: (5.0, 8.0)}
+    plain = {b: Plain(ms, program(seconds)) for b, (ms, seconds) in seen.items()}
+    exits, stages = np.array([0, 1, 1, 1]), np.array([3.0, 1.0])
+    call = functools.partial(program(10.0), workload.images)
+    entry = BenchmarkEntry("compact", [call], 4, exits, stages)
+    timed = [(entry, {"distribution": "trained"})]
+    (row,) = latency_rows._rows(workload, plain, [workload.images], 4, timed, 2)
+    assert (row["plain_ms"], row["plain_best_ms"], row["plain_best_batch"]) == (8000, 4000, 2)
+    assert (row["speedup"], row["speedup_best"]) == (0.8, 0.4)
+    assert row["ideal_ms"] == pytest.approx(8000 * 3.75 / 4)
+    assert row["ideal_best_ms"] == pytest.approx(4000 * 3.75 / 4)
+    assert row["efficiency_best"] == pytest.approx(row["ideal_best_ms"] / row["ms"])
+    assert row["break_even"] is None
 
 
 def test_the_share_from_which_a_strategy_pays():
