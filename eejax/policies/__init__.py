@@ -163,18 +163,13 @@ def _assembled(description: Any, arrays: Mapping[str, ArrayLike], prefix: str) -
         if kinds[name] is Policy:
             params.append(_assembled(shape, arrays, f"{path}."))
             continue
-        if path not in arrays:
+        given = list(np.shape(arrays[path])) if path in arrays else "no array"
+        if given != shape:
             raise ValueError(
-                f"no array {path!r} of shape {shape} among {sorted(arrays)}; give all arrays that "
-                "to_arrays returned."
+                f"the parameter {path!r} has the shape {shape}, and {given} came; give the arrays "
+                "that to_arrays returned with this description."
             )
-        array = np.asarray(arrays[path])
-        if list(array.shape) != shape:
-            raise ValueError(
-                f"the array {path!r} has the shape {list(array.shape)}; expected {shape}. Give the "
-                "arrays that belong to this description."
-            )
-        params.append(array)
+        params.append(np.asarray(arrays[path]))
     try:
         return make(_ALL[rule], *params)
     except ValueError as error:

@@ -36,8 +36,7 @@ class Rule(NamedTuple):
         e, `[B, C]`, and its score, `[B]`. `e` is a Python integer, or in `loop`, which runs all
         depths in one program, an int32 scalar.
       params: the NamedTuple that holds the parameters; its fields are arrays or policies.
-      check: `check(params) -> params`, as NumPy arrays of the right dtype; raises ValueError if
-        their shapes or values do not fit.
+      check: `check(params) -> params`; raises ValueError if shapes or values do not fit.
       fit: `fit(trace, cost) -> params`, from held-out samples and the cost `[E]` of each exit.
       needs_gate: whether the scores have a meaning only if training has trained the gate.
       baseline: whether the scores ignore the sample, so that other policies are set beside it.
@@ -86,10 +85,17 @@ class Policy:
 def make(rule: Rule, *params: Any) -> Policy:
     """The policy of a rule with these parameters, in the order of the fields of `rule.params`.
 
+    Arrays become NumPy arrays, those of floating point float32.
+
     Raises:
       ValueError: if the parameters do not fit the rule.
     """
-    return Policy(rule, rule.check(rule.params(*params)))
+    arrays = [p if isinstance(p, Policy) else _narrow(np.asarray(p)) for p in params]
+    return Policy(rule, rule.check(rule.params(*arrays)))
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
 def stateless(name: str, score: Callable[[ExitOutput], Array], **fields: Any) -> Policy:

@@ -22,11 +22,7 @@ the best single exit within it.
 
 
 class RandomParams(NamedTuple):
-    """The parameter of `random`.
-
-    Attributes:
-      seed: uint32 `[]`.
-    """
+    """The seed of `random`, uint32 `[]`."""
 
     seed: ArrayLike
 
@@ -49,13 +45,7 @@ def random(seed: int) -> Policy:
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"a seed of {seed}; give a whole number in [0, 2**32).")
-    return make(RANDOM, seed)
-
-
-def _check(params: RandomParams) -> RandomParams:
-    if np.shape(params.seed) != ():
-        raise ValueError(f"a seed of shape {np.shape(params.seed)}; give a single number.")
-    return RandomParams(np.asarray(params.seed, np.uint32))
+    return make(RANDOM, np.uint32(seed))
 
 
 def _step(
@@ -77,8 +67,7 @@ RANDOM = Rule(
     lambda params, batch_size: (),
     _step,
     RandomParams,
-    _check,
-    lambda trace, cost: random(0).params,
+    fit=lambda trace, cost: random(0).params,
     baseline=True,
 )
 

@@ -26,11 +26,7 @@ _RATE = 0.1  # of Adam, falling to zero along a cosine
 
 
 class VoteParams(NamedTuple):
-    """The parameter of `vote`.
-
-    Attributes:
-      start: float32 `[C]`, the votes before the first exit: zeros.
-    """
+    """The votes before the first exit: zeros, float32 `[C]`."""
 
     start: ArrayLike
 
@@ -39,8 +35,8 @@ class ExpertsParams(NamedTuple):
     """The parameters of `mean_of_experts` and `product_of_experts`.
 
     Attributes:
-      start: float32 `[C]`, the state before the first exit: the log of no probability, -inf, for
-        the mean, and zeros for the product.
+      start: float32 `[C]`, the state before the first exit: -inf for the mean, zeros for the
+        product.
       score: the policy that scores the answer.
     """
 
@@ -189,31 +185,19 @@ def _start(params: Any, batch_size: int) -> Array:
     return jnp.broadcast_to(start[None], (batch_size, *start.shape))
 
 
-def _check_start(params: Any) -> Any:
-    start = np.asarray(params.start, np.float32)
-    if start.ndim != 1:
-        raise ValueError(f"start {start.shape}; give one number for each class, [C].")
-    return params._replace(start=start)
-
-
 def _check_classes(output: ExitOutput, classes: int) -> None:
     if output.logits.shape[-1] != classes:
         given = output.logits.shape[-1]
         raise ValueError(f"a policy for {classes} classes, and logits of {given}; give {given}.")
 
 
-def _vote_init(params: VoteParams, batch_size: int) -> PyTree:
-    start = _start(params, batch_size)
-    return start, jnp.zeros_like(start)
-
-
-def _vote_step(
+def _vote(
     params: VoteParams, output: ExitOutput, state: PyTree, e: Any
 ) -> tuple[Array, Array, PyTree]:
-    del e
-    classes = np.shape(params.start)[-1]
-    _check_classes(output, classes)
+    del params, e
     votes, total = state
+    classes = votes.shape[-1]
+    _check_classes(output, classes)
     votes = votes + jax.nn.one_hot(output.logits.argmax(-1), classes, dtype=jnp.float32)
     total = total + jax.nn.softmax(output.logits)
     # A mean probability never outweighs a vote, not even if it is close to 1: at an exit that voted
@@ -233,11 +217,7 @@ def _product(params: ExpertsParams, log_p: Array, total: Array, e: Any) -> tuple
     return total + log_p, total + log_p
 
 
-def _ztw_past(params: ZtwParams, batch_size: int) -> Array:
-    return jnp.zeros((batch_size, *np.shape(params.biases)), jnp.float32)
-
-
-def _ztw_answer(params: ZtwParams, log_p: Array, past: Array, e: Any) -> tuple[Array, Array]:
+def _weighted(params: ZtwParams, log_p: Array, past: Array, e: Any) -> tuple[Array, Array]:
     coefficients, biases = jnp.asarray(params.coefficients), jnp.asarray(params.biases)
     if isinstance(e, int) and e >= len(biases):
         raise ValueError(f"weights for {len(biases)} exits, and exit {e + 1}; give them for each.")
@@ -248,21 +228,18 @@ def _ztw_answer(params: ZtwParams, log_p: Array, past: Array, e: Any) -> tuple[A
 
 
 def _check_ztw(params: ZtwParams) -> ZtwParams:
-    c, b = np.asarray(params.coefficients, np.float32), np.asarray(params.biases, np.float32)
-    if b.ndim != 2 or c.shape != (len(b), len(b)):
-        raise ValueError(f"coefficients {c.shape} and biases {b.shape}; give [E, E] and [E, C].")
-    return params._replace(coefficients=c, biases=b)
+    c, b = np.shape(params.coefficients), np.shape(params.biases)
+    if len(b) != 2 or c != (b[0], b[0]):
+        raise ValueError(f"coefficients {c} and biases {b}; give [E, E] and [E, C].")
+    return params
 
 
 def _ensemble(
-    name: str,
     init: Callable[[Any, int], Array],
     answer: Callable[[Any, Array, Array, Any], tuple[Array, Array]],
-    params: type,
-    check: Callable[[Any], Any],
-    fit: Callable[[Trace, np.ndarray], Any],
-) -> Rule:
-    """A rule from `answer(params, log_p, past, e) -> (logits, past)`, scored by `params.score`."""
+) -> tuple[Callable[..., PyTree], Callable[..., tuple[Array, Array, PyTree]]]:
+    """A rule's `init` and `step`, from `answer(params, log_p, past, e) -> (logits, past)`; the
+    answer is scored by `params.score`."""
 
     def start(params: Any, batch_size: int) -> PyTree:
         return init(params, batch_size), params.score.init(batch_size)
@@ -274,38 +251,35 @@ def _ensemble(
         logits, score, inner = params.score.step(output._replace(logits=logits), inner, e)
         return logits, score, (past, inner)
 
-    return Rule(name, start, step, params, check, fit)
+    return start, step
 
 
 VOTE = Rule(
     "vote",
-    _vote_init,
-    _vote_step,
+    lambda params, batch_size: (_start(params, batch_size),) * 2,
+    _vote,
     VoteParams,
-    _check_start,
-    lambda trace, cost: vote(trace.logits.shape[-1]).params,
+    fit=lambda trace, cost: vote(trace.logits.shape[-1]).params,
     probabilities=False,
 )
-MEAN_OF_EXPERTS = _ensemble(
+MEAN_OF_EXPERTS = Rule(
     "mean_of_experts",
-    _start,
-    _mean,
+    *_ensemble(_start, _mean),
     ExpertsParams,
-    _check_start,
-    lambda trace, cost: mean_of_experts(trace.logits.shape[-1]).params,
+    fit=lambda trace, cost: mean_of_experts(trace.logits.shape[-1]).params,
 )
-PRODUCT_OF_EXPERTS = _ensemble(
+PRODUCT_OF_EXPERTS = Rule(
     "product_of_experts",
-    _start,
-    _product,
+    *_ensemble(_start, _product),
     ExpertsParams,
-    _check_start,
-    lambda trace, cost: product_of_experts(trace.logits.shape[-1]).params,
+    fit=lambda trace, cost: product_of_experts(trace.logits.shape[-1]).params,
 )
-ZTW = _ensemble(
+ZTW = Rule(
     "ztw",
-    _ztw_past,
-    _ztw_answer,
+    *_ensemble(
+        lambda params, batch_size: jnp.zeros((batch_size, *np.shape(params.biases)), jnp.float32),
+        _weighted,
+    ),
     ZtwParams,
     _check_ztw,
     lambda trace, cost: ztw(*fit_ztw(trace)).params,

@@ -48,7 +48,7 @@ def with_temperatures(policy: Policy, temperatures: Sequence[float] | ArrayLike)
 def _check(params: TemperatureParams) -> TemperatureParams:
     values = np.asarray(params.temperatures, np.float32)
     if values.ndim != 1 or not (values > 0).all():
-        raise ValueError(f"temperatures {values.tolist()}; give positive numbers, one for each.")
+        raise ValueError(f"temperatures {values.tolist()}; give positive numbers.")
     return params._replace(temperatures=values)
 
 

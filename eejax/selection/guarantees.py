@@ -13,7 +13,7 @@ certification samples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -193,7 +193,8 @@ def control_risk(
     """
     path = _path(candidates, scored, losses, trace, cost, used)
     last = _last_certified(path, risk, delta, method)
-    return path.certificate(last, method, risk, None if method == "crc" else delta)
+    delta_risk = None if method == "crc" else delta
+    return _certificate(path, last, method=method, risk=risk, delta=delta_risk)
 
 
 def certify(
@@ -260,7 +261,8 @@ def certify(
         )
     both = np.arange(first, last + 1)
     position = int(both[np.lexsort((mean_cost[both], mean_loss[both]))[0]])
-    return path.certificate(position, method, risk, delta_risk, budget, delta_cost)
+    promise = {"risk": risk, "delta": delta_risk, "budget": budget, "delta_cost": delta_cost}
+    return _certificate(path, position, method=method, **promise)
 
 
 def certified(losses: np.ndarray, risk: float, delta: float, method: Method) -> np.ndarray:
@@ -294,19 +296,16 @@ class _Path(NamedTuple):
     losses: np.ndarray
     costs: np.ndarray
 
-    def certificate(
-        self,
-        position: int,
-        method: Method,
-        risk: float,
-        delta: float | None,
-        budget: float | None = None,
-        delta_cost: float | None = None,
-    ) -> Certificate:
-        loss, cost = float(self.losses[position].mean()), float(self.costs[position].mean())
-        sizes = position, self.losses.shape[1]
-        chosen = self.thresholds[position]
-        return Certificate(chosen, method, risk, delta, loss, cost, *sizes, budget, delta_cost)
+
+def _certificate(path: _Path, position: int, **promise: Any) -> Certificate:
+    return Certificate(
+        path.thresholds[position],
+        empirical_risk=float(path.losses[position].mean()),
+        mean_cost=float(path.costs[position].mean()),
+        position=position,
+        samples=path.losses.shape[1],
+        **promise,
+    )
 
 
 def _path(
