@@ -7,6 +7,7 @@ stops every sample at its own exit (`inference`).
 
 from eejax import training
 from eejax.benchmark import seconds
+from eejax.bundle import Bundle, load
 from eejax.cascades import cascade, cascade_variables
 from eejax.cost import Costs, macs, xla_macs
 from eejax.evaluation import Routed, Scored, metrics, route, score, significance
@@ -53,6 +54,7 @@ from eejax.trace import Trace, collect, read_trace, recorded, save_trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bundle",
     "Choice",
     "Costs",
     "EarlyExitNetwork",
@@ -85,6 +87,7 @@ __all__ = [
     "guarantees",
     "host",
     "keep_variables",
+    "load",
     "loop",
     "macs",
     "margin",
