@@ -55,7 +55,7 @@ def test_numbers_that_are_whole_are_block_numbers(monkeypatch, tmp_path):
         (NetworkConfig(name="lenet", depth=3), r"lenet takes no depth"),
         (NetworkConfig(name="vgg", exits=(2, 14)), "1 to 13"),
         (NetworkConfig(name="vgg", depth=12), "a VGG depth of 12; give 11, 13, 16"),
-        (NetworkConfig(name="fast", exits=(0.2, 2)), "block numbers from 1 to 5, or shares"),
+        (NetworkConfig(name="fast", exits=(0.2, 2)), "shares lie between 0 and 1"),
         (NetworkConfig(width=0), r"network\.width"),
         (NetworkConfig(depth=3), r"fast takes no depth"),
         (NetworkConfig(name="vit", options=("width=32",)), "give it as --network.width"),

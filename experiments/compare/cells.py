@@ -1,8 +1,8 @@
-"""A cell of a comparison: one network, trained with one seed, and everything that it said.
+"""A cell of a comparison: one network, trained with one seed, and its outputs on every split.
 
-A cell lives in a directory of its own under `networks/`, named by what made it: data, network,
-training and seed. What is there is not made again. Deciding (policies, thresholds) needs only the
-traces; so the expensive part is shared by everything that is compared.
+A cell has a directory under `networks/`, named by a hash of data, network, training and seed, and
+is computed once. Decisions (policies, thresholds) need only its traces, so the expensive part is
+shared by everything that is compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eejax.trace import Trace, collect, fingerprints, read_trace, save_trace
 from eejax.training import REGIMES
 from experiments.command_line import to_json
 from experiments.compare.config import Comparison, DriftConfig
-from experiments.data import splits as data
+from experiments.data import splits
 from experiments.data.cache import replacing
 from experiments.data.config import DataConfig
 from experiments.data.corruptions import corrupt
@@ -31,7 +31,7 @@ from experiments.train import trained as training
 from experiments.train.config import NetworkConfig, TrainConfig, narrowed
 from experiments.train.trained import TrainRun
 
-FORMAT = 1  # raise it when what a cell holds changes: older ones then are made anew
+FORMAT = 1  # raise it when the content of a cell changes, so that older ones are made anew
 
 DONE = "trained.json"
 PLAIN = "plain network"
@@ -41,16 +41,16 @@ PLAIN_REGIME = next(name for name, regime in REGIMES.items() if not regime.train
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is trained.
+    """A network to train with a seed.
 
     Attributes:
       name: of the network, the same for all seeds: "joint", "plain network", "width 0.5", ...
       kind: "regime" for early exits, "static" for a plain network.
-      seed: of parameters, order and augmentation. Images are held out in the same way for all.
-      data: which images.
+      seed: of parameters, order and augmentation.
+      data: images.
       network: backbone and exits.
-      ends_at: a static network ends at this exit, from 0; None for early exits.
-      train: how.
+      ends_at: exit, from 0, at which a static network ends; None for early exits.
+      train: regime, optimiser and length.
     """
 
     name: str
@@ -68,60 +68,60 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name for the directory, which changes with everything that changes the result."""
-        made_of = to_json(self)
+        """Name of the directory; it changes with everything that changes the result."""
+        settings = to_json(self)
         for where in ("dir", "cache", "download"):
-            made_of["data"].pop(where)
+            settings["data"].pop(where)
         for pace in ("steps_per_dispatch", "checkpoint_seconds"):
-            made_of["train"].pop(pace)
-        text = json.dumps([FORMAT, made_of], sort_keys=True)
+            settings["train"].pop(pace)
+        text = json.dumps([FORMAT, settings], sort_keys=True)
         words = "".join(c if c.isalnum() else "-" for c in self.name).strip("-")
         return f"{words}-seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def directory(self, workdir: Path) -> Path:
-        """Where it lives."""
+        """Its directory."""
         return workdir / "networks" / self.key
 
 
-def dataset(config: Comparison) -> data.Dataset:
+def dataset(config: Comparison) -> splits.Dataset:
     """The images of a comparison."""
     return training.dataset(TrainRun(config.data, config.network, config.train))
 
 
 def cells(config: Comparison) -> list[Cell]:
-    """Everything that a comparison trains; all seeds of a network follow one another."""
+    """All networks that a comparison trains; all seeds of a network follow one another."""
     # "auto" could mean other images to a worker, or another day.
     images = dataclasses.replace(config.data, name=dataset(config).name)
     full = dataclasses.replace(config.network, gate=True)
     last = full.num_exits - 1
     plain = dataclasses.replace(config.train, regime=PLAIN_REGIME, exit_weights=(), cost_weight=0.0)
-    made: list[tuple[str, Literal["regime", "static"], NetworkConfig, int | None, TrainConfig]] = [
+    kinds: list[tuple[str, Literal["regime", "static"], NetworkConfig, int | None, TrainConfig]] = [
         (regime, "regime", full, None, dataclasses.replace(config.train, regime=regime))
         for regime in config.regimes
     ]
     alone = dataclasses.replace(full, gate=False)
-    made.append((PLAIN, "static", alone, last, plain))
+    kinds.append((PLAIN, "static", alone, last, plain))
     if config.static.enabled:
         for e in config.static.exits or range(1, last + 1):
-            made.append((f"depth to exit {e}", "static", alone, e - 1, plain))
+            kinds.append((f"depth to exit {e}", "static", alone, e - 1, plain))
         for share in config.static.widths:
             narrow = dataclasses.replace(alone, width=narrowed(alone, share))
-            made.append((f"width {share:g}", "static", narrow, last, plain))
+            kinds.append((f"width {share:g}", "static", narrow, last, plain))
     return [
         Cell(name, kind, seed, images, network, ends_at, train)
-        for name, kind, network, ends_at, train in made
+        for name, kind, network, ends_at, train in kinds
         for seed in config.seeds
     ]
 
 
 class Traces(NamedTuple):
-    """What a network said of each split, which has one use each.
+    """Traces of a network, one a split; each split has one use.
 
     Attributes:
-      calibrate: temperatures, and what else is fitted after training.
-      choose: thresholds.
-      certify: risks.
-      test: is reported.
+      calibrate: policies are fitted on it.
+      choose: thresholds are chosen on it.
+      certify: risks are certified on it.
+      test: reported.
     """
 
     calibrate: Trace
@@ -136,39 +136,39 @@ def macs(cell: Cell) -> np.ndarray:
 
 
 def prepare(cell: Cell, drift: DriftConfig, workdir: Path) -> None:
-    """Trains a cell and records its traces; what is there already is left alone.
+    """Trains a cell and records its traces, as far as they are not there already.
 
     Early exits are also tried on corrupted images.
 
     Raises:
-      FloatingPointError: training diverged.
-      KeyboardInterrupt: a signal came; the state is saved.
+      FloatingPointError: if training diverges.
+      KeyboardInterrupt: after a signal; the state is saved.
     """
     place = cell.directory(workdir)
     place.mkdir(parents=True, exist_ok=True)
     if not (place / DONE).exists():
         _train(cell, place)
-    held, network = training.dataset(cell.run), training.network(cell.run)
-    variables = trained(cell, workdir)
+    network, variables, _, images, _ = _read(cell, place)
     for name in missing(cell, drift, workdir):
         if name in ("held_out", "test"):
-            split = held.test if name == "test" else held_out(held)
+            split = images.test if name == "test" else held_out(images)
         else:
             kind, severity, count = name.split("-")
-            images = corrupt(held.test.images[: int(count)], kind, int(severity), seed=0)
-            split = data.Split(images, held.test.labels[: int(count)])
+            test = images.test.images[: int(count)]
+            corrupted = corrupt(test, kind, int(severity), seed=0)
+            split = splits.Split(corrupted, images.test.labels[: int(count)])
         with replacing(place / f"{name}.npz") as temporary:
             save_trace(temporary, collect(network, variables, *split))
 
 
 def missing(cell: Cell, drift: DriftConfig, workdir: Path) -> list[str]:
     """The files that `prepare` would write after training."""
-    wanted = ["held_out", "test"]
+    names = ["held_out", "test"]
     if cell.kind == "regime" and drift.policies:
         count = min(drift.images, len(training.dataset(cell.run).test.images))
-        wanted += [drift_name(k, s, count) for k in drift.kinds for s in drift.severities]
+        names += [drift_name(k, s, count) for k in drift.kinds for s in drift.severities]
     place = cell.directory(workdir)
-    return [name for name in wanted if not (place / f"{name}.npz").exists()]
+    return [name for name in names if not (place / f"{name}.npz").exists()]
 
 
 def progress(cell: Cell, workdir: Path) -> str:
@@ -186,25 +186,28 @@ def drift_name(kind: str, severity: int, count: int) -> str:
     return f"{kind}-{severity}-{count}"
 
 
-def held_out(held: data.Dataset) -> data.Split:
-    """All images that were held out from training; `traces` cuts them anew for each seed."""
-    parts = (held.calibrate, held.choose, held.certify)
-    return data.Split(
+def held_out(dataset: splits.Dataset) -> splits.Split:
+    """All images held out from training; `traces` divides them anew for each seed."""
+    parts = (dataset.calibrate, dataset.choose, dataset.certify)
+    return splits.Split(
         np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts])
     )
 
 
 @functools.lru_cache(maxsize=128)
 def traces(cell: Cell, workdir: Path) -> Traces:
-    """Its traces. The held-out images are cut into calibrate, choose and certify by the seed, so
-    that a band over seeds holds the luck of that cut too. They are the same images for all seeds,
-    and so are those of training: what other images would have done is not in the band."""
+    """The traces of a cell.
+
+    The held-out images are divided into calibrate, choose and certify by the seed, so a band over
+    seeds includes the luck of that division. The held-out images together, and those of training,
+    are the same for all seeds: the luck of drawing them is not in the band.
+    """
     place = cell.directory(workdir)
     pool = read_trace(place / "held_out.npz")
     sizes = cell.data.calibrate, cell.data.choose
     rng = np.random.Generator(np.random.PCG64(cell.seed))
     calibrate, choose, certify = (
-        select(pool, rows) for rows in data.stratified(pool.labels, sizes, rng)
+        select(pool, rows) for rows in splits.stratified(pool.labels, sizes, rng)
     )
     return Traces(calibrate, choose, certify, read_trace(place / "test.npz"))
 
@@ -220,10 +223,13 @@ def training_ids(run: TrainRun) -> np.ndarray:
     return fingerprints(training.dataset(run).train.images)
 
 
-def trained(cell: Cell, workdir: Path) -> Variables:
-    """Its variables, read from its directory."""
-    console = Console(quiet=True)
-    return training.trained(cell.run, cell.seed, cell.directory(workdir), console).variables
+def variables(cell: Cell, workdir: Path) -> Variables:
+    """Variables of a trained cell."""
+    return _read(cell, cell.directory(workdir)).variables
+
+
+def _read(cell: Cell, place: Path) -> training.Trained:
+    return training.trained(cell.run, cell.seed, place, Console(quiet=True))
 
 
 def _train(cell: Cell, place: Path) -> None:

@@ -67,7 +67,7 @@ def unit_ms(cell: Cell, workdir: Path, batch: int, repeats: int) -> cost.Costs:
     def measure() -> Any:
         images = jnp.asarray(trained.dataset(cell.run).test.images[:batch])
         network = trained.network(cell.run)
-        found = benchmark.seconds(network, compare_cells.trained(cell, workdir), images, repeats)
+        found = benchmark.seconds(network, compare_cells.variables(cell, workdir), images, repeats)
         return [(1e3 * part).tolist() for part in found]
 
     found = _kept(workdir, "units", [cell.key, batch, repeats], measure)
@@ -133,7 +133,7 @@ def _entry(
 
 def _network(contender: Contender, workdir: Path) -> tuple[EarlyExitNetwork, Variables]:
     networks = [trained.network(c.run) for c in contender.cells]
-    variables = [compare_cells.trained(c, workdir) for c in contender.cells]
+    variables = [compare_cells.variables(c, workdir) for c in contender.cells]
     if len(networks) > 1:
         return cascade(networks), cascade_variables(variables)
     if contender.keep is None:

@@ -1,9 +1,8 @@
-"""Decoded images on disk, so that only the first start of a data set pays for decoding it.
+"""Decoded images on disk, so that a data set is decoded only once.
 
-One uncompressed `.npz` a data set: the arrays, and a JSON that says which format this is and which
-source files it was made from. One file, put in place by a rename, is never half of an old cache and
-half of a new one, whichever processes write it at once. The zip format carries a CRC-32 for each
-array, which is checked while it is read, at no cost worth naming.
+One uncompressed `.npz` a data set: the arrays, and a JSON header with the format and the source
+files. The file is put in place by a rename, so it is whole even if several processes write it at
+once. The zip format has a CRC-32 for each array, which is checked while it is read.
 """
 
 from __future__ import annotations
@@ -24,24 +23,33 @@ FORMAT = 1  # raise it when what is stored, or the order of the images, changes
 
 
 class Decoded(NamedTuple):
-    """A data set as its publisher cut it."""
+    """A data set as its publisher divides it.
 
-    train_images: np.ndarray  # uint8 [N, H, W, C]
-    train_labels: np.ndarray  # int32 [N]
-    test_images: np.ndarray  # uint8 [M, H, W, C]
-    test_labels: np.ndarray  # int32 [M]
+    Attributes:
+      train_images: `[N, H, W, C]` uint8.
+      train_labels: `[N]` int32.
+      test_images: `[M, H, W, C]` uint8.
+      test_labels: `[M]` int32.
+      classes: names.
+      source: where the images came from, in words.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
     classes: tuple[str, ...]
-    source: str  # where the images came from, in words
+    source: str
 
 
 def fingerprint(files: Sequence[Path]) -> list[list[str | int]]:
-    """Name, size and time of change (ns) of each source file: what tells that a source changed."""
+    """Name, size and time of change (ns) of each source file; they differ if a source changed."""
     stats = [(path.name, path.stat()) for path in sorted(files)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def exists(path: Path) -> bool:
-    """Whether `path` is a cache that this version can read, by its header only: quick."""
+    """Whether `path` is a cache that this version can read; reads only its header."""
     try:
         with np.load(path) as stored:
             return _header(stored)["format"] == FORMAT
@@ -54,12 +62,11 @@ def read(path: Path, source: list[list[str | int]] | None) -> Decoded | None:
 
     Args:
       path: the `.npz` file.
-      source: the `fingerprint` of the source files as they are now; None where there are none to
-        compare with, and the cache is all there is.
+      source: current `fingerprint` of the source files; None if there are none to compare with.
 
     Returns:
-      None where there is no cache, where it is stale (made by another version, or from other source
-      files), or where it is damaged: then it is removed, with a warning.
+      None if there is no cache, if it is stale (made by another version, or from other source
+      files), or if it is damaged: then it is removed, with a warning.
     """
     try:
         with np.load(path) as stored:
@@ -111,7 +118,7 @@ def write(path: Path, decoded: Decoded, source: list[list[str | int]]) -> None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, which is made if need be."""
+    """Whether files can be written in `folder`, which is created if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -122,7 +129,7 @@ def is_writable(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: it becomes `path` if all goes well, and is removed if not."""
+    """A temporary name beside `path`, renamed to `path` at the end, removed after an exception."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         yield temporary

@@ -1,10 +1,12 @@
-"""Data sets as arrays in memory, cut into splits of one use each.
+"""Data sets as arrays in memory, divided into splits with one use each.
 
-train: fits the weights. calibrate: fits the temperatures. choose: chooses the thresholds. certify:
-certifies a risk; empty unless asked for. test: is reported. All but test are cut from the official
-training images, test is the official test set.
+    train      fits the weights
+    calibrate  fits the policies, temperatures among them
+    choose     chooses the thresholds
+    certify    certifies a risk; empty by default
+    test       is reported
 
-Nothing here imports JAX; tensorflow-datasets and scikit-learn are imported where they are used.
+All but `test`, the official test set, come from the official training images.
 """
 
 from __future__ import annotations
@@ -22,31 +24,41 @@ from experiments.data.sources import SPECS
 
 
 class Split(NamedTuple):
-    """Images for one use."""
+    """Images `[N, H, W, C]` uint8 and labels `[N]` int32."""
 
-    images: np.ndarray  # uint8 [N, H, W, C]
-    labels: np.ndarray  # int32 [N]
+    images: np.ndarray
+    labels: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set, split."""
+    """A data set, divided.
 
-    name: str  # the data really used: "cifar10", "digits", ...
+    Attributes:
+      name: "cifar10", "digits", ..., never "auto".
+      classes: names.
+      train, calibrate, choose, certify, test: splits.
+      notice: says that this is a fall-back; else "".
+      source: where the images came from, in words.
+      mean: of each channel of the training split, in 0..255.
+      std: likewise.
+    """
+
+    name: str
     classes: tuple[str, ...]
     train: Split
     calibrate: Split
     choose: Split
     certify: Split
     test: Split
-    notice: str  # "", or what a user must know: that this is a fall-back
-    source: str  # where the images came from, in words for the report
-    mean: tuple[float, ...]  # per channel of the training split, in 0..255
+    notice: str
+    source: str
+    mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 def resolve(config: DataConfig) -> str:
-    """Which data set `load` will use, without loading it: a few seconds at most.
+    """The data set that `load` will read; takes a few seconds at most.
 
     Returns:
       A key of `SPECS`. "auto" is "cifar10" if that is prepared, in the cache, or can be downloaded,
@@ -67,10 +79,10 @@ def resolve(config: DataConfig) -> str:
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
-    """Reads a data set and splits it.
+    """Reads a data set and divides it.
 
-    The splits depend on the seed and the images alone: not on where the images came from, nor on
-    the order in which a file holds them. The test split does not depend on the seed.
+    The splits depend on the seed and the images alone, not on the file that the images came from.
+    The test split does not depend on the seed.
 
     Args:
       config: which data, from where, and how much for each split.
@@ -111,15 +123,15 @@ def load(config: DataConfig, seed: int) -> Dataset:
 def stratified(
     labels: np.ndarray, sizes: Sequence[int], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Cuts indices into disjoint groups of the given sizes, each with the classes in proportion.
+    """Divides samples into groups of the given sizes, each with the classes in proportion.
 
     Args:
-      labels: int [N].
-      sizes: how many go into each group; at most N together.
-      rng: draws who goes where.
+      labels: `[N]` int.
+      sizes: of the groups; at most N together.
+      rng: draws the groups.
 
     Returns:
-      Indices of each group, and of the rest; each in random order.
+      Indices of each group, and of the rest, in random order.
     """
     order = rng.permutation(len(labels))
     members = [order[labels[order] == label] for label in range(int(labels.max()) + 1)]
@@ -142,12 +154,6 @@ def _in_proportion(counts: np.ndarray, size: int) -> np.ndarray:
 
 def _cut(name: str, labels: np.ndarray, config: DataConfig, seed: int) -> list[np.ndarray]:
     """Indices of train, calibrate, choose and certify."""
-    if config.calibrate < 1 or config.choose < 1:
-        raise ValueError(
-            f"calibrate={config.calibrate:,} and choose={config.choose:,} must be 1 or more"
-        )
-    if config.limit is not None and config.limit < 1:
-        raise ValueError(f"limit={config.limit:,} must be 1 or more")
     held_out = (config.calibrate, config.choose, config.certify)
     if sum(held_out) >= len(labels):
         certify = f" and certify={config.certify:,}" if config.certify else ""

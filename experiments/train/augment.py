@@ -1,7 +1,7 @@
 """Augmentation on the device: pure functions on uint8 images, inside the compiled training step.
 
-What is random (`draw`) is apart from what is done with it (`transform`), so that a test can hand
-both the fast path and a plain reference the same draws. Nothing is converted to float on the way.
+`draw` makes the random choices and `transform` applies them, so that a test can give the same draws
+to this code and to a plain reference. Nothing is converted to float on the way.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import numpy as np
 
 
 class Draws(NamedTuple):
-    """The random choices for one batch."""
+    """Random choices for one batch.
 
-    shift: (
-        jax.Array
-    )  # int32 [B, 2]; rows and columns by which the view moves, each in [-shift, shift]
-    flip: jax.Array  # bool [B]; mirrored left-right
-    centre: jax.Array  # int32 [B, 2]; row and column of the cutout's centre
+    Attributes:
+      shift: `[B, 2]` int32, rows and columns by which the view moves, each in [-shift, shift].
+      flip: `[B]` bool, mirrored left-right.
+      centre: `[B, 2]` int32, row and column of the cutout's centre.
+    """
+
+    shift: jax.Array
+    flip: jax.Array
+    centre: jax.Array
 
 
 def draw(key: jax.Array, batch: int, height: int, width: int, *, flip: bool, shift: int) -> Draws:
     """Draws the random choices for `batch` images of `height` x `width` pixels.
 
-    The keys are split whatever is switched on: switching one off leaves the others' draws alone.
+    Switching one of them off leaves the draws of the others as they are.
     """
     shift_key, flip_key, centre_key = jax.random.split(key, 3)
     flips = jax.random.bernoulli(flip_key, shape=(batch,)) if flip else jnp.zeros(batch, bool)
@@ -43,7 +47,7 @@ def transform(images: jax.Array, draws: Draws, *, cutout: int, fill: tuple[int, 
 
     Args:
       images: uint8 [B, H, W, C].
-      draws: what `draw` gave; shifts must be smaller than H and W.
+      draws: from `draw`; shifts must be smaller than H and W.
       cutout: side of the square in pixels, clipped at the border; 0 is off.
       fill: C values in 0..255 for the square.
 
@@ -57,14 +61,9 @@ def transform(images: jax.Array, draws: Draws, *, cutout: int, fill: tuple[int, 
     rows = _reflect(row + draws.shift[:, :1], height)
     mirrored = jnp.where(draws.flip[:, None], width - 1 - column, column)
     columns = _reflect(mirrored + draws.shift[:, 1:], width)
-    # Measured on two CPU cores (jax 0.10.2, B=512, 32x32x3, medians of 15, in ms, shift 2 / 4):
-    #   rows, then columns (this)            0.41 / 0.43
-    #   one gather of pixels                 0.47 / 0.44
-    #   one gather of bytes, flat            0.75 / 0.70
-    #   vmap of dynamic_slice on a padded    1.8  / 1.8    (with the flip; 0.9 without)
-    #   select over the 2 shift + 1 offsets  1.7  / 80     (XLA fuses the chain and recomputes it)
-    #   two one-hot matrix products          6.2  / 4.9
-    #   fori_loop of slices                  7.5  / 7.4
+    # Measured on two CPU cores (jax 0.10.2, B=512, 32x32x3): 0.41 ms. One gather of pixels takes
+    # 0.47 ms, a vmap of dynamic_slice on padded images 1.8 ms, one-hot matrix products 6.2 ms, and
+    # a select over all offsets 80 ms at shift 4, because XLA fuses the chain and recomputes it.
     out = _take(images, rows[:, :, None, None], axis=1)
     out = _take(out, columns[:, None, :, None], axis=2)
     if cutout:
@@ -88,9 +87,9 @@ def augment(
     """Shifts, mirrors and blanks each image by its own random choice.
 
     Args:
-      key: a PRNG key.
+      key: JAX key.
       images: uint8 [B, H, W, C].
-      flip: mirror half of the images left-right. Not for digits or letters: a mirrored 2 is no 2.
+      flip: mirror half of the images left-right. Not for digits or letters.
       shift: largest shift in pixels, in each direction; 0 is off.
       cutout: side in pixels of the blanked square, whose centre is uniform over the image; 0 is off
         (DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552).
@@ -100,8 +99,9 @@ def augment(
       uint8 [B, H, W, C].
 
     Raises:
-      ValueError: the images are not uint8 [B, H, W, C], `fill` has not C values in 0..255, `shift`
-        is not in 0..min(H, W) - 1 (a reflection reaches no further), or `cutout` is negative.
+      ValueError: if the images are not uint8 [B, H, W, C], `fill` has not C values in 0..255,
+        `shift` is not in 0..min(H, W) - 1 (a reflection reaches no further), or `cutout` is
+        negative.
     """
     if images.ndim != 4 or images.dtype != jnp.uint8:
         raise ValueError(f"augment takes uint8 [B, H, W, C], not {images.dtype} {images.shape}")
@@ -121,13 +121,13 @@ def augment(
 
 
 def epoch_order(key: jax.Array, n: int, batch: int) -> jax.Array:
-    """A random order of `n` images in whole batches; the `n % batch` left over sit this epoch out.
+    """A random order of `n` images in whole batches; `n % batch` images are left out.
 
     Returns:
       int32 [n // batch, batch], no index twice.
 
     Raises:
-      ValueError: there are fewer images than one batch takes, and the epoch would be empty.
+      ValueError: if there are fewer images than one batch takes.
     """
     if not 1 <= batch <= n:
         raise ValueError(f"a batch of {batch:,} from {n:,} images; give 1 to {n:,}")

@@ -123,17 +123,9 @@ def check(network: NetworkConfig, train: TrainConfig) -> None:
       ValueError: if a value cannot be used, or the family refuses an argument.
     """
     require_positive("network", network, "width")
-    exits, blocks = network.exits or (), network.blocks
-    shares = bool(exits) and all(0 < e < 1 for e in exits)
-    numbers = all(isinstance(e, int) and 1 <= e <= blocks for e in exits)
-    expected = f"increasing block numbers from 1 to {blocks}, or shares between 0 and 1"
-    increasing = list(exits) == sorted(set(exits))
-    require(increasing and (shares or numbers), "network.exits", exits, expected)
-    if train.exit_weights and len(train.exit_weights) != network.num_exits:
-        raise ValueError(
-            f"train.exit_weights: {len(train.exit_weights)} weights for {network.num_exits} exits; "
-            f"give {network.num_exits}."
-        )
+    weights, exits = len(train.exit_weights), network.num_exits  # the family checks its arguments
+    if weights and weights != exits:
+        raise ValueError(f"train.exit_weights: {weights} weights for {exits} exits; give {exits}.")
     require(train.regime in REGIMES, "train.regime", train.regime, f"one of {', '.join(REGIMES)}")
     trains_gate = REGIMES[train.regime].trains_gate
     expected = f"True, for the regime {train.regime}"
@@ -188,7 +180,7 @@ def _blocks(config: NetworkConfig) -> int:
 
 @functools.cache
 def _num_exits(config: NetworkConfig) -> int:
-    if config.exits is not None and any(e < 1 for e in config.exits):
+    if config.exits and all(0 < e < 1 for e in config.exits):
         return len(config.exits) + 1
     return build_network(config, 10, _IMAGE).num_exits
 
