@@ -100,7 +100,7 @@ def recorded(
         raise ValueError("logits hold a NaN; give numbers.")
     y = np.asarray(labels)
     if y.shape != z.shape[:1] or not (y == y.astype(np.int32)).all():
-        raise ValueError(f"labels of shape {y.shape} for logits {z.shape}; give one class each.")
+        raise ValueError(f"labels of shape {y.shape} for logits {z.shape}; give one label each.")
     if y.min() < 0 or y.max() >= z.shape[2]:
         raise ValueError(
             f"labels from {y.min()} to {y.max()} for {z.shape[2]} classes; give 0 to "

@@ -181,6 +181,6 @@ def test_what_does_not_fit_is_refused():
 def test_the_confidence_is_the_answers_own():
     trace = a_trace(9)
     for make in (mean_of_experts, product_of_experts):
-        found = score(make(CLASSES), trace)
-        again = score(max_prob, recorded(found.logits, trace.labels))
-        np.testing.assert_allclose(found.scores, again.scores, rtol=1e-6)
+        scored = score(make(CLASSES), trace)
+        again = score(max_prob, recorded(scored.logits, trace.labels))
+        np.testing.assert_allclose(scored.scores, again.scores, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Promises are kept over a thousand draws, and known ways to break them are found out.
+"""Promises are kept over a thousand draws, and known ways to break them are detected.
 
 Certification samples are drawn from a finite population, with replacement, so that the true risk
 and cost of every candidate are means over it.
@@ -70,7 +70,7 @@ def losses_of(name: str, scored: Scored, trace: Trace) -> np.ndarray:
 def leaving(candidates: Candidates, scored: Scored, values: np.ndarray) -> np.ndarray:
     """`[K, N]`: each sample's value where it leaves."""
     values = np.broadcast_to(values, scored.scores.shape)
-    exits = np.stack([first_exit(scored.scores, limits) for limits in candidates.thresholds])
+    exits = np.stack([first_exit(scored.scores, t) for t in candidates.thresholds])
     return np.take_along_axis(values.T, exits, axis=0)
 
 
@@ -153,8 +153,8 @@ def certificates(candidates, risk, budget, n, draws=DRAWS):
         losses = errors(scored, trace.labels)
         try:
             arguments = (candidates, scored, losses, trace, COST, risk, budget)
-            found = certify(*arguments, used={}, delta_risk=0.1, delta_cost=0.05)
-            positions.append(found.position)
+            certificate = certify(*arguments, used={}, delta_risk=0.1, delta_cost=0.05)
+            positions.append(certificate.position)
         except ValueError as refusal:
             if "certif" not in str(refusal):
                 raise
@@ -202,23 +202,25 @@ def test_a_certificate_says_what_was_certified(method):
     losses, candidates = errors(scored, trace.labels), path("per exit")
     along = leaving(candidates, scored, losses)
     arguments = (candidates, scored, losses, trace, COST, 0.08)
-    found = control_risk(*arguments, used={"training": np.arange(9)}, method=method, delta=0.05)
+    certificate = control_risk(
+        *arguments, used={"training": np.arange(9)}, method=method, delta=0.05
+    )
     if method != "betting":  # which alone depends on the order of the samples
-        assert found.position == certified(along, 0.08, 0.05, method) - 1
-    k = found.position
+        assert certificate.position == certified(along, 0.08, 0.05, method) - 1
+    k = certificate.position
     assert 0 < k < len(candidates.thresholds) - 1
-    np.testing.assert_array_equal(found.thresholds, candidates.thresholds[k])
-    assert found.empirical_risk == pytest.approx(along[k].mean())
-    assert found.mean_cost == pytest.approx(leaving(candidates, scored, COST)[k].mean())
-    assert (found.samples, found.risk, found.budget) == (600, 0.08, None)
+    np.testing.assert_array_equal(certificate.thresholds, candidates.thresholds[k])
+    assert certificate.empirical_risk == pytest.approx(along[k].mean())
+    assert certificate.mean_cost == pytest.approx(leaving(candidates, scored, COST)[k].mean())
+    assert (certificate.samples, certificate.risk, certificate.budget) == (600, 0.08, None)
     if method == "crc":
-        assert found.delta is None
-        assert "Averaged over the draw of the 600" in found.words
-        assert "expected loss is at most 0.08" in found.words
-        assert "exchangeable" in found.words
+        assert certificate.delta is None
+        assert "Averaged over the draw of the 600" in certificate.words
+        assert "expected loss is at most 0.08" in certificate.words
+        assert "exchangeable" in certificate.words
     else:
-        assert found.delta == 0.05
-        assert "a mean loss above 0.08 on new samples is at most 5 %" in found.words
+        assert certificate.delta == 0.05
+        assert "a mean loss above 0.08 on new samples is at most 5 %" in certificate.words
 
 
 @pytest.mark.parametrize("deltas", [(0.3, 0.001), (0.001, 0.3)])
@@ -237,9 +239,9 @@ def test_a_joint_certificate_is_the_safest_within_both(deltas):
         for unit in (1, 1000):
             arguments = (candidates, scored, losses, trace, unit * COST, 0.08, unit * 0.4)
             if len(both):
-                found = certify(*arguments, **rules, method=method)
-                assert found.position == both[along[both].mean(1).argmin()]
-                assert found.mean_cost <= unit * 0.4
+                certificate = certify(*arguments, **rules, method=method)
+                assert certificate.position == both[along[both].mean(1).argmin()]
+                assert certificate.mean_cost <= unit * 0.4
             else:
                 with pytest.raises(ValueError, match="certif"):
                     certify(*arguments, **rules, method=method)
@@ -249,12 +251,12 @@ def test_a_joint_certificate_is_the_safest_within_both(deltas):
 def test_a_joint_certificate_says_both():
     scored, trace = some(4, 1000)
     arguments = (path("shared"), scored, errors(scored, trace.labels), trace, COST, 0.08)
-    found = certify(*arguments, 0.5, used={}, delta_risk=0.1, delta_cost=0.05)
-    assert (found.budget, found.delta, found.delta_cost) == (0.5, 0.1, 0.05)
-    assert "a mean loss above 0.08 on new samples is at most 10 %" in found.words
-    assert "a mean cost above 0.5 at most 5 %, and of either at most 15 %" in found.words
+    certificate = certify(*arguments, 0.5, used={}, delta_risk=0.1, delta_cost=0.05)
+    assert (certificate.budget, certificate.delta, certificate.delta_cost) == (0.5, 0.1, 0.05)
+    assert "a mean loss above 0.08 on new samples is at most 10 %" in certificate.words
+    assert "a mean cost above 0.5 at most 5 %, and of either at most 15 %" in certificate.words
     # A budget of the whole network asks nothing.
-    assert certify(*arguments, 1.0, used={}).empirical_risk <= found.empirical_risk
+    assert certify(*arguments, 1.0, used={}).empirical_risk <= certificate.empirical_risk
 
 
 def test_samples_sorted_by_their_losses_do_not_fool_betting():
@@ -300,11 +302,11 @@ def test_per_exit_paths_have_the_accuracy_that_each_budget_buys():
     np.testing.assert_array_equal(candidates.ids, trace.ids)
     # At each one's cost no shared threshold makes fewer errors.
     wrong = errors(scored, trace.labels)
-    own = leaving(candidates, scored, wrong).mean(1)
+    per_exit = leaving(candidates, scored, wrong).mean(1)
     shared = leaving(path("shared"), scored, wrong).mean(1)
     shared_spent = leaving(path("shared"), scored, COST).mean(1)
     for budget in np.linspace(1.0, 0.2, 12):
-        assert own[spent <= budget + 1e-9].min() <= shared[shared_spent <= budget + 1e-9].min()
+        assert per_exit[spent <= budget + 1e-9].min() <= shared[shared_spent <= budget + 1e-9].min()
 
 
 def test_losses_are_of_each_exit():

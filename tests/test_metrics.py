@@ -70,11 +70,11 @@ def test_overthinking_by_hand():
     labels = np.zeros(6, int)
     predictions = np.array(
         [
-            [0, 1, 0],  # right early and last: wasteful
+            [0, 1, 0],  # correct early and last: wasteful
             [1, 0, 0],  # the same
             [1, 1, 0],  # needed the last
-            [0, 1, 1],  # was right: destructive
-            [1, 1, 1],  # never right
+            [0, 1, 1],  # was correct: destructive
+            [1, 1, 1],  # never correct
             [0, 0, 0],  # wasteful
         ]
     )

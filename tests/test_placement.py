@@ -37,7 +37,7 @@ def in_a_loop(trace, costs, budget):
     but the search for thresholds."""
     count, exits = trace.gates.shape
     correct = trace.logits.argmax(-1) == trace.labels[:, None]
-    found = []
+    results = []
     for keep in itertools.product([False, True], repeat=exits - 1):
         kept = [e for e, kept in enumerate([*keep, True]) if kept]
         cost, spent = [], 0.0
@@ -48,21 +48,21 @@ def in_a_loop(trace, costs, budget):
                 cost.append(spent)
         if cost[0] <= budget:
             choice = for_budget(trace.gates[:, kept], correct[:, kept], np.array(cost), budget)
-            found.append((round(choice.accuracy * count), kept))
-    return found
+            results.append((round(choice.accuracy * count), kept))
+    return results
 
 
 @pytest.mark.parametrize(("seed", "share"), [(0, 0.35), (1, 0.5), (2, 0.7), (3, 1.0)])
 def test_few_exits_are_searched_as_a_loop_over_all_subsets_does(seed, share):
     trace, costs = drawn(seed, 60, 4)
     budget = share * costs.cumulative[-1]
-    found = choose_exits(trace, unchanged(gate), costs, budget)
+    placement = choose_exits(trace, unchanged(gate), costs, budget)
     every = in_a_loop(trace, costs, budget)
     best = max(hits for hits, _ in every)
-    assert round(60 * found.accuracy) == best
-    assert len(found.exits) == min(len(kept) for hits, kept in every if hits == best)
-    assert found.search == "exhaustive"
-    assert found.looked_at == 8
+    assert round(60 * placement.accuracy) == best
+    assert len(placement.exits) == min(len(kept) for hits, kept in every if hits == best)
+    assert placement.search == "exhaustive"
+    assert placement.looked_at == 8
 
 
 @pytest.mark.parametrize(("seed", "share"), [(4, 0.4), (7, 0.6), (8, 0.4)])
@@ -79,10 +79,10 @@ def test_many_exits_are_searched_greedily_and_hardly_worse(seed, share):
     if seed in (7, 8):
         assert greedy.exits == every.exits
     assert every.accuracy - 1.01 / 60 <= greedy.accuracy <= every.accuracy
-    for found in (every, greedy):
-        assert found.whole is not None
-        assert found.accuracy >= found.whole.accuracy
-        assert found.mean_cost <= budget * (1 + 1e-9)
+    for placement in (every, greedy):
+        assert placement.whole is not None
+        assert placement.accuracy >= placement.whole.accuracy
+        assert placement.mean_cost <= budget * (1 + 1e-9)
 
 
 def test_what_a_placement_says_of_itself_is_what_routing_finds():
@@ -95,18 +95,22 @@ def test_what_a_placement_says_of_itself_is_what_routing_finds():
         asked.append(exits)
         return with_temperatures(max_prob, temperatures[list(exits)])
 
-    found = choose_exits(trace, policy, costs, 0.6 * costs.cumulative[-1])
-    assert found.exits in asked
+    placement = choose_exits(trace, policy, costs, 0.6 * costs.cumulative[-1])
+    assert placement.exits in asked
     assert len(set(asked)) == len(asked) > 1
-    assert found.thresholds.shape == (len(found.exits) - 1,)
-    own = keep_trace(trace, found.exits)
-    np.testing.assert_array_equal(own.logits, trace.logits[:, np.array(found.exits)])
+    assert placement.thresholds.shape == (len(placement.exits) - 1,)
+    kept_trace = keep_trace(trace, placement.exits)
+    np.testing.assert_array_equal(kept_trace.logits, trace.logits[:, np.array(placement.exits)])
     # Logits that were divided before are those of the policy without temperatures.
-    divided = own.logits / temperatures[list(found.exits)][None, :, None].astype(np.float32)
-    routed = routing.route(routing.score(max_prob, own._replace(logits=divided)), found.thresholds)
-    assert found.accuracy == (routed.logits.argmax(-1) == trace.labels).mean()
-    cumulative = costs.keeping(found.exits).cumulative
-    assert found.mean_cost == pytest.approx(cumulative[routed.exits].mean())
+    divided = kept_trace.logits / temperatures[list(placement.exits)][None, :, None].astype(
+        np.float32
+    )
+    routed = routing.route(
+        routing.score(max_prob, kept_trace._replace(logits=divided)), placement.thresholds
+    )
+    assert placement.accuracy == (routed.logits.argmax(-1) == trace.labels).mean()
+    cumulative = costs.keeping(placement.exits).cumulative
+    assert placement.mean_cost == pytest.approx(cumulative[routed.exits].mean())
 
 
 @pytest.mark.parametrize("limit", [1, 64])
@@ -116,10 +120,10 @@ def test_a_head_that_costs_much_and_tells_little_is_dropped(limit):
     useless.gates[:, 1] = 0
     costs.heads[:] = [0.01, 1.5, 0.01, 0.01]
     budget = 0.6 * costs.stages.sum()
-    found = choose_exits(useless, unchanged(gate), costs, budget, exhaustive_up_to=limit)
-    assert 1 not in found.exits
-    assert found.whole is not None
-    assert found.accuracy > found.whole.accuracy + 0.02
+    placement = choose_exits(useless, unchanged(gate), costs, budget, exhaustive_up_to=limit)
+    assert 1 not in placement.exits
+    assert placement.whole is not None
+    assert placement.accuracy > placement.whole.accuracy + 0.02
 
 
 def test_the_search_goes_on_from_all_exits_where_they_beat_what_it_found():
@@ -131,34 +135,34 @@ def test_the_search_goes_on_from_all_exits_where_they_beat_what_it_found():
     logits = np.stack([correct, ~correct], -1)
     trace = recorded(logits, np.zeros(count, int), 1.0 * correct)
     costs = Costs(np.array([1.0, 0.1, 0.1, 0.1, 10.0]), np.full(exits, 0.01))
-    found = choose_exits(trace, unchanged(gate), costs, 1.3, exhaustive_up_to=1)
-    assert found.whole is not None
-    assert found.accuracy >= found.whole.accuracy
-    assert found.accuracy == choose_exits(trace, unchanged(gate), costs, 1.3).accuracy
+    placement = choose_exits(trace, unchanged(gate), costs, 1.3, exhaustive_up_to=1)
+    assert placement.whole is not None
+    assert placement.accuracy >= placement.whole.accuracy
+    assert placement.accuracy == choose_exits(trace, unchanged(gate), costs, 1.3).accuracy
 
 
 def test_of_equals_the_fewest_exits_are_kept():
     trace, costs = drawn(9, 40, 3)
     correct = np.zeros((40, 3, 2))
     correct[..., 0] = 1
-    found = choose_exits(
+    placement = choose_exits(
         trace._replace(logits=correct.astype(np.float32)), unchanged(gate), costs, 100.0
     )
-    assert found.exits == (2,)
-    assert found.thresholds.shape == (0,)
-    assert found.accuracy == 1
-    assert found.whole is not None
-    assert found.whole.accuracy == 1
+    assert placement.exits == (2,)
+    assert placement.thresholds.shape == (0,)
+    assert placement.accuracy == 1
+    assert placement.whole is not None
+    assert placement.whole.accuracy == 1
 
 
 @pytest.mark.parametrize("limit", [1, 64])
 def test_a_dear_first_head_leaves_only_subsets_without_it(limit):
     trace, costs = drawn(10, 40, 4)
     costs.stages[:], costs.heads[:] = 1, [10, 0.5, 0.5, 0.5]
-    found = choose_exits(trace, unchanged(gate), costs, 3.0, exhaustive_up_to=limit)
-    assert found.whole is None
-    assert found.exits[0] in (1, 2)
-    assert found.mean_cost <= 3
+    placement = choose_exits(trace, unchanged(gate), costs, 3.0, exhaustive_up_to=limit)
+    assert placement.whole is None
+    assert placement.exits[0] in (1, 2)
+    assert placement.mean_cost <= 3
     with pytest.raises(ValueError, match=r"a budget of 2\.4; leaving at the cheapest.* 2\.5"):
         choose_exits(trace, unchanged(gate), costs, 2.4, exhaustive_up_to=limit)
 
@@ -197,15 +201,18 @@ def test_the_chosen_network_runs_in_an_executor_as_its_trace_says():
     trace = eejax_trace.collect(network, variables, images, np.zeros(96, int), batch=96)
     trace = trace._replace(labels=trace.logits[:, -1].argmax(-1).astype(np.int32))
     costs = macs(network, variables, images)
-    found = choose_exits(trace, unchanged(max_prob), costs, 0.7 * costs.cumulative[-1])
-    kept, own = network.keeping(found.exits), keep_variables(variables, found.exits)
+    placement = choose_exits(trace, unchanged(max_prob), costs, 0.7 * costs.cumulative[-1])
+    kept, kept_variables = (
+        network.keeping(placement.exits),
+        keep_variables(variables, placement.exits),
+    )
     assert kept.num_exits == 2
     run = jax.jit(lambda v, t, x: compact(kept, max_prob, v, t, x, tiles=(16,)))
-    answered = run(own, jnp.asarray(found.thresholds), jnp.asarray(images))
-    scored = routing.score(max_prob, keep_trace(trace, found.exits))
-    expected = routing.route(scored, found.thresholds)
+    answered = run(kept_variables, jnp.asarray(placement.thresholds), jnp.asarray(images))
+    scored = routing.score(max_prob, keep_trace(trace, placement.exits))
+    expected = routing.route(scored, placement.thresholds)
     np.testing.assert_array_equal(answered.exits, expected.exits)
     np.testing.assert_allclose(answered.logits, expected.logits, rtol=1e-4, atol=1e-4)
     assert len(np.unique(expected.exits)) == kept.num_exits
-    counted = macs(kept, own, images)
-    assert counted.cumulative[expected.exits].mean() == pytest.approx(found.mean_cost, rel=1e-6)
+    counted = macs(kept, kept_variables, images)
+    assert counted.cumulative[expected.exits].mean() == pytest.approx(placement.mean_cost, rel=1e-6)

@@ -245,18 +245,18 @@ def random_scores(logits, seed, e):
 def test_random_scores_are_uniform_and_say_nothing():
     """20000 samples: a correlation of 0.03 would be four standard deviations."""
     logits = random_logits(4, 3, 2.0, 20000)
-    found = {(seed, e): random_scores(logits, seed, e) for seed in (0, 1) for e in (0, 1, 2)}
-    for score in found.values():
+    drawn = {(seed, e): random_scores(logits, seed, e) for seed in (0, 1) for e in (0, 1, 2)}
+    for score in drawn.values():
         assert score.dtype == np.float32
         assert 0 <= score.min() < 0.001
         assert 0.999 < score.max() < 1
         counts = np.bincount((score * 50).astype(int), minlength=50)
         assert ((counts - 400) ** 2 / 400).sum() < 95  # chi-square of 49: one draw in 10^4 is above
-    told = [*found.values(), scores(max_prob, logits), logits[:, 0], random_scores(-logits, 0, 0)]
+    told = [*drawn.values(), scores(max_prob, logits), logits[:, 0], random_scores(-logits, 0, 0)]
     ranks = np.argsort(np.argsort(told, axis=1), axis=1)
-    correlation = np.asarray(np.corrcoef(ranks))[: len(found)]
+    correlation = np.asarray(np.corrcoef(ranks))[: len(drawn)]
     assert np.abs(correlation[correlation < 0.9999]).max() < 0.03
-    assert (correlation > 0.9999).sum() == len(found)
+    assert (correlation > 0.9999).sum() == len(drawn)
 
 
 def test_random_scores_change_with_any_bit_of_any_logit():
@@ -305,6 +305,6 @@ def test_an_exit_that_is_traced_is_the_same_exit(name):
 
         return jax.lax.scan(step, policy.init(5), (jnp.arange(exits), logits))[1]
 
-    answers, found = every_exit(logits)
+    answers, traced = every_exit(logits)
     np.testing.assert_allclose(answers.swapaxes(0, 1), known.logits, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found.T, known.scores, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(traced.T, known.scores, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ COST = np.array([0.25, 0.5, 0.75, 1.0])
 
 
 def agreement(seed, count):
-    """Confidence is noise; but exits that are right agree, and those that are wrong seldom do."""
+    """Confidence is noise; but correct exits agree, and wrong ones seldom do."""
     random = np.random.default_rng(seed)
     labels = random.integers(CLASSES, size=count)
     correct = random.uniform(size=(count, 1)) < [0.5, 0.6, 0.7, 0.8]
@@ -50,9 +50,9 @@ def accuracy(policy, make, budget):
     choice = for_budget(choosing.scores, choosing.predictions == labels[:, None], COST, budget)
     scored = score(policy, testing)
     correct = scored.predictions == testing.labels[:, None]
-    found = evaluate(scored.scores, correct, COST, choice.thresholds)
-    assert abs(found.mean_cost - budget) < 0.03
-    return found.accuracy
+    result = evaluate(scored.scores, correct, COST, choice.thresholds)
+    assert abs(result.mean_cost - budget) < 0.03
+    return result.accuracy
 
 
 @pytest.mark.parametrize(("budget", "better"), [(0.5, 0.03), (0.65, 0.05), (0.8, 0.03)])
@@ -76,9 +76,9 @@ def test_it_starts_as_the_largest_probability():
 
 def test_fitting_is_deterministic_and_the_unit_of_the_cost_does_not_matter():
     again = fit(agreement(0, 1000), 1e6 * COST)
-    for found, expected in zip(again, fitted(agreement), strict=True):
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for result, expected in zip(again, fitted(agreement), strict=True):
+        assert result.dtype == np.float32
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_answers_are_the_heads_own():

@@ -9,7 +9,7 @@ from eejax.evaluation.significance import paired_bootstrap
 
 
 def answers(seed, seeds, samples, gain=0.2):
-    """Two schemes, right where a sample is easy enough; most samples are so for both."""
+    """Two schemes, correct where a sample is easy enough; most samples are so for both."""
     random = np.random.default_rng(seed)
     easy = random.normal(size=samples)
     a, b = random.normal(scale=0.5, size=(2, seeds, samples))
@@ -42,7 +42,7 @@ def test_the_distribution_is_that_of_resampled_indices(seeds):
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
-    """Two trained networks on new samples: 300 test sets, right by turns 5 % more often."""
+    """Two trained networks on new samples: 300 test sets, one correct 5 % more often."""
     both, only_a, only_b = 0.7, 0.15, 0.1
     held, significant = 0, 0
     for seed in range(300):

@@ -21,7 +21,7 @@ SLACK = 1 + 1e-9
 
 
 def drawn(seed, count, exits, tied=False):
-    """Scores, who is right, costs. Later exits are better, and a high score is a good sign."""
+    """Scores, correct, cost. Later exits are better, and a high score is a good sign."""
     random = np.random.default_rng(seed)
     ease = random.normal(size=(count, 1))
     scores = ease + random.normal(size=(count, exits))
@@ -41,12 +41,12 @@ def every_choice(scores, correct, cost):
     return np.array([c.accuracy for c in choices]), np.array([c.mean_cost for c in choices])
 
 
-def one_by_one(scores, correct, cost, limits):
+def one_by_one(scores, correct, cost, chosen):
     """Accuracy and mean cost in a loop over samples."""
     hits, spent = 0, 0.0
     for n in range(len(scores)):
         e = 0
-        while e < len(limits) and not scores[n, e] >= limits[e]:
+        while e < len(chosen) and not scores[n, e] >= chosen[e]:
             e += 1
         hits += int(correct[n, e])
         spent += float(cost[e])

@@ -90,7 +90,7 @@ def choose_exits(
     if len(costs.stages) != exits or len(costs.heads) != exits:
         raise ValueError(
             f"costs of {len(costs.stages)} stages and {len(costs.heads)} heads for a trace of "
-            f"{exits} exits; give one of each an exit."
+            f"{exits} exits; give one of each for every exit."
         )
     cheapest = (np.cumsum(costs.stages) + costs.heads).min()
     if not budget >= cheapest:
