@@ -74,7 +74,6 @@ def read(path: Path, source: list[list[str | int]] | None) -> Decoded | None:
             if header["format"] != FORMAT or (source is not None and header["source"] != source):
                 return None
             arrays = [stored[name] for name in Decoded._fields[:4]]
-            _check(arrays)
             return Decoded(*arrays, classes=tuple(header["classes"]), source=header["words"])
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -140,10 +139,3 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _header(stored) -> dict:
     return json.loads(stored["header"].tobytes())
-
-
-def _check(arrays: list[np.ndarray]) -> None:
-    for images, labels in (arrays[:2], arrays[2:]):
-        kinds = images.dtype, images.ndim, labels.dtype, labels.ndim
-        if kinds != (np.uint8, 4, np.int32, 1) or len(images) != len(labels):
-            raise ValueError(f"{images.dtype} {images.shape} with {labels.dtype} {labels.shape}")

@@ -195,14 +195,10 @@ def read_prepared(folder: Path) -> Decoded:
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
     """Keeps warnings off the terminal that no user can act on (that Pillow decodes, not OpenCV)."""
-    from absl import logging as absl_logging
-
-    def errors_only(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
-
-    logger = absl_logging.get_absl_logger()
-    logger.addFilter(errors_only)
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.removeFilter(errors_only)
+        log.setLevel(before)

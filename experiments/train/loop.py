@@ -16,12 +16,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from eejax import checkpoint
 from eejax import gates as soft
 from eejax.training import Metrics, TrainState
 from experiments.data.splits import Split
+from experiments.progress import progress_bar
 from experiments.train.augment import epoch_order
 from experiments.train.config import TrainConfig
 
@@ -29,6 +30,7 @@ _order = jax.jit(epoch_order, static_argnums=(1, 2))
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+_COLUMNS = TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn()
 
 
 class Stopped(KeyboardInterrupt):
@@ -90,7 +92,11 @@ def train(
     began = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
     saved, order = time.monotonic(), None
 
-    with _signals() as caught, _progress(console) as bar, (workdir / METRICS).open("a") as file:
+    with (
+        _signals() as caught,
+        progress_bar(console, *_COLUMNS) as bar,
+        (workdir / METRICS).open("a") as file,
+    ):
         task = bar.add_task("training", total=total, completed=step, facts="compiling")
         while step < total:
             epoch, start = divmod(step, per_epoch)
@@ -198,18 +204,6 @@ def _restore(
             rows += [row] if row["step"] <= step else []
     console.print(f"continuing after step {step}")
     return step, state, rows
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 @contextlib.contextmanager

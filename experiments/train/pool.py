@@ -24,7 +24,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+
+from experiments.progress import progress_bar
 
 
 class Job(NamedTuple):
@@ -85,7 +87,10 @@ def run(
     results: dict[str, Any] = {}
     failures: list[Failure] = []
     began = time.monotonic()
-    with _progress(console) as bar, _sigterm_interrupts():
+    with (
+        progress_bar(console, MofNCompleteColumn(), TimeElapsedColumn()) as bar,
+        _sigterm_interrupts(),
+    ):
         task = bar.add_task(title, total=len(jobs), facts="")
 
         def show(running: Sequence[Job]) -> None:
@@ -204,15 +209,3 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[facts]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
