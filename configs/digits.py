@@ -1,9 +1,9 @@
-"""scikit-learn's digits, 8x8: what the main job runs where CIFAR-10 cannot be had.
+"""scikit-learn's digits, 8x8: the main job's data set if CIFAR-10 cannot be had.
 
     python -m experiments.cifar --data.name digits
 
-Half a minute on two CPU cores; last exit 98 % to 99 %. It shows that everything works; with 450
-test images a difference under a point is noise.
+Half a minute on two CPU cores; last exit 98 % to 99 %. A check that everything works: with 449
+test images, differences under a point are noise.
 """
 
 from experiments.cifar.config import Config

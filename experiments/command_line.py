@@ -47,7 +47,7 @@ class Start:
 
 
 def parse(kind: type[T], prog: str, argv: Sequence[str], default: T) -> T:
-    """Fills a dataclass from flags; what they leave out is as in `default`.
+    """Fills a dataclass from flags; other fields are as in `default`.
 
     Raises:
       ValueError: if a flag cannot be read; one line.
@@ -206,7 +206,7 @@ def execute(
 
     Args:
       begin: reads flags and data; ValueError and OSError are the user's mistakes.
-      work: takes what `begin` returned; returns an exit status, None for 0.
+      work: takes the result of `begin`; returns an exit status, None for 0.
       failures: exceptions of `work` that need no traceback.
 
     Returns:

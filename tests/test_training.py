@@ -240,6 +240,7 @@ def test_epochs_average_their_dispatches(uninterrupted):
 def test_sigterm_saves_and_leaves_and_the_run_goes_on(tmp_path):
     """The real job in a process of its own."""
     command = [sys.executable, "-m", "experiments.cifar", "--workdir", str(tmp_path / "run")]
+    command += ["--resume"]  # begins the run, as a job scheduler would restart it
     flags = ["--data.name", "digits", "--network.width", "4", "--train.epochs", "400"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

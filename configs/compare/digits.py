@@ -2,8 +2,8 @@
 
     python -m experiments.compare --data.name digits
 
-Four minutes on two cores (4 min 1 s, AMD EPYC, jax 0.10.2, 2026-11-21; again from what it left:
-14 s). With 449 test images a difference under two points is noise; it shows that everything works.
+Four minutes on two cores (4 min 1 s, AMD EPYC, jax 0.10.2, 2026-11-21; the same command again:
+14 s). A check that everything works: with 449 test images, differences under two points are noise.
 """
 
 from experiments.compare.config import Comparison, DriftConfig, GuaranteeConfig, TargetsConfig

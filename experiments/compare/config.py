@@ -1,4 +1,4 @@
-"""The configuration of a comparison: what is trained, what decides, at which targets."""
+"""Configuration of a comparison: regimes, policies, targets, seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Method = Literal["crc", "betting", "hoeffding_bentkus"]
 
 @dataclass(frozen=True)
 class TargetsConfig:
-    """What thresholds are chosen for, on held-out data."""
+    """Targets that thresholds are chosen for, on held-out data."""
 
     budgets: tuple[float, ...] = (0.3, 0.5, 0.7)
     """Mean cost, as fractions of the plain network's multiply-accumulates. The first is the one
@@ -44,15 +44,15 @@ class GuaranteeConfig:
     policies: tuple[PolicyName, ...] = ("max_prob",)
     """Policies that are certified."""
     risks: tuple[float, ...] = (0.05,)
-    """Epsilon: the risk that is to hold on new data."""
+    """Epsilon: an upper bound of the risk on new data."""
     losses: tuple[Loss, ...] = ("disagreement",)
-    """disagreement: another answer than the last exit's. error: a wrong answer."""
+    """disagreement: another label than the last exit's. error: a wrong label."""
     methods: tuple[Method, ...] = (
         "crc",
         "betting",
         "hoeffding_bentkus",
     )
-    """Conformal risk control (on average), or a bound that holds but for delta of the draws."""
+    """Conformal risk control (on average), or a bound that holds with probability 1 - delta."""
     paths: tuple[Literal["shared", "per exit"], ...] = ("shared", "per exit")
     """One threshold for all exits, or one for each."""
     delta: float = 0.1
@@ -107,10 +107,10 @@ class Comparison:
     """A comparison: regimes x policies x targets x seeds."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each trains every network anew, and cuts the held-out images anew."""
+    """Each trains every network anew, and divides the held-out images anew."""
     regimes: tuple[Regime, ...] = ("joint", "soft_auxiliary")
-    """Losses that early-exit networks are trained with. The first one, with the first policy, is
-    what the others are compared with."""
+    """Ways to train early-exit networks. The others are compared with the first one and the first
+    policy."""
     policies: tuple[PolicyName, ...] = tuple(POLICIES)
     """Policies. The gate takes part only where the loss trains it."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -149,7 +149,7 @@ def check(config: Comparison) -> None:
     expected = "at least one before the last block"
     require(exits >= 2, "network.exits", config.network.exits, expected)
     first = config.policies[0]
-    expected = "another first: it is what others are compared to"
+    expected = "another first: the others are compared with it"
     rule = POLICIES[first]
     require(not rule.baseline and not rule.needs_gate, "policies", first, expected)
     for section, part, fields in (

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT = 1  # raise it when what is stored, or the order of the images, changes
+FORMAT = 1  # raise it when the content, or the order of the images, changes
 
 
 class Decoded(NamedTuple):

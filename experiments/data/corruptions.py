@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation, as a fraction of 255
     "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # standard deviation, in pixels
-    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # what is left of the distance from the mean
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # remaining share of the distance from the mean
 }
 KINDS = tuple(STRENGTHS)
 SEVERITIES = (1, 2, 3, 4, 5)

@@ -72,7 +72,7 @@ def read_cifar(
             f"the publisher's archive {path.name}",
         )
     except (KeyError, TypeError, ValueError, EOFError, OSError, tarfile.TarError) as error:
-        raise ValueError(f"{path} is not what its name says: {reason(error)}") from error
+        raise ValueError(f"{path} is damaged or another file: {reason(error)}") from error
 
 
 def read_idx(paths: Sequence[Path], *, classes: tuple[str, ...]) -> Decoded:
@@ -102,7 +102,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
         shape = np.frombuffer(data, ">u4", dimensions, offset=4).astype(int)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not what its name says: {reason(error)}") from error
+        raise ValueError(f"{path} is damaged or another file: {reason(error)}") from error
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -183,7 +183,7 @@ def read_prepared(folder: Path) -> Decoded:
                         labels[i] = example["label"]
                 parts += [images, labels]
             classes = tuple(features["label"].names)
-    except Exception as error:  # the readers are C++, and raise RuntimeError or what they like
+    except Exception as error:  # the readers are C++ and raise many kinds
         raise ValueError(
             f"the prepared data in {folder} cannot be read: {reason(error)}; prepare them anew, or "
             "name another directory with --data.dir"

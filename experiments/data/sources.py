@@ -107,7 +107,7 @@ SPECS = {
 
 
 def missing(name: str, config: DataConfig, *, look_in_cache: bool = True) -> str:
-    """Where a data set was looked for in vain and what to do, on one line; "" if it can be had."""
+    """Where a data set is missing and what to do, on one line; "" if it can be had."""
     spec, root, folder = SPECS[name], _prepared_root(config), _cache_folder(name, config)
     if spec.read is None or formats.find_prepared(root, name):
         return ""
@@ -237,7 +237,7 @@ def _check(name: str, decoded: Decoded) -> None:
     spec = SPECS[name]
     labels = np.concatenate([decoded.train_labels, decoded.test_labels])
     shapes = {decoded.train_images.shape[1:], decoded.test_images.shape[1:]}
-    found = (
+    content = (
         f"images of {shapes}, {len(decoded.classes)} classes, labels {labels.min()}..{labels.max()}"
     )
     if (
@@ -247,7 +247,7 @@ def _check(name: str, decoded: Decoded) -> None:
         or len(decoded.train_images) + len(decoded.test_images) != len(labels)
     ):
         raise ValueError(
-            f"{decoded.source}: {found}; {spec.title} has images of {spec.image_shape} and "
+            f"{decoded.source}: {content}; {spec.title} has images of {spec.image_shape} and "
             f"{spec.num_classes} classes"
         )
 

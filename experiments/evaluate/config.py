@@ -32,7 +32,7 @@ class PoliciesConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """What the compiled inference is timed with."""
+    """How compiled inference is timed."""
 
     policy: PolicyName = "max_prob"
     """Policy that decides."""
@@ -51,7 +51,7 @@ def check(
 
     Args:
       policies: policies and targets.
-      inference: what is timed.
+      inference: timing.
       exits: E of the network.
       trains_gate: whether the regime trains the gates.
     """

@@ -93,7 +93,7 @@ def augment(
       shift: largest shift in pixels, in each direction; 0 is off.
       cutout: side in pixels of the blanked square, whose centre is uniform over the image; 0 is off
         (DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552).
-      fill: what fills the square, C values in 0..255; the mean pixel of the training images.
+      fill: colour of the square, C values in 0..255: the mean pixel of the training images.
 
     Returns:
       uint8 [B, H, W, C].

@@ -175,10 +175,10 @@ def _row(metrics: Metrics, step: int, epoch: float, count: int) -> dict[str, Any
 def _facts(row: dict[str, Any], epochs: int) -> str:
     accuracy = " ".join(f"{100 * a:4.1f}" for a in row["train_accuracy"])
     held_out = row.get("held_out_accuracy")
-    held = "  held out " + " ".join(f"{100 * a:4.1f}" for a in held_out) if held_out else ""
+    suffix = "  held out " + " ".join(f"{100 * a:4.1f}" for a in held_out) if held_out else ""
     return (
         f"epoch {row['epoch']:.1f}/{epochs}  {row['images_per_second']:,.0f} images/s  "
-        f"loss {row['loss']:.3f}  exits {accuracy} %{held}"
+        f"loss {row['loss']:.3f}  exits {accuracy} %{suffix}"
     )
 
 

@@ -48,7 +48,7 @@ class TrainRun:
       network: backbone and exits.
       train: regime, optimiser and length.
       ends_at: exit, from 0, at which a plain network ends; None for early exits.
-      split_seed: seed that images are held out from training with.
+      split_seed: decides which images are held out from training.
     """
 
     data: DataConfig
@@ -116,7 +116,7 @@ def dataset(run: TrainRun) -> splits.Dataset:
 
 
 def network(run: TrainRun) -> EarlyExitNetwork:
-    """The network of a run; runs that differ in training alone share it, and what it compiles."""
+    """The network of a run; runs that differ in training alone share it and its programs."""
     return _network(dataclasses.replace(run, train=TrainConfig()))
 
 
