@@ -207,8 +207,9 @@ def ideal_seconds(
             f"exits of {taken.size} samples, for {len(stages)} stages; give at least one sample, "
             f"and exits from 0 to {len(stages) - 1}."
         )
-    whole = float(stages.sum()) if whole_seconds is None else whole_seconds
-    return float(plain_seconds * np.cumsum(stages)[taken].mean() / whole)
+    cumulative = np.cumsum(stages)
+    whole = cumulative[-1] if whole_seconds is None else whole_seconds
+    return float(plain_seconds * cumulative[taken].mean() / whole)
 
 
 def plain_programs(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +178,12 @@ def test_a_run_brings_its_network_policy_and_thresholds(digits_run, tmp_path):
     chosen = next(p for p in policies if (p["name"], p["target"]) == ("max_prob", target))
     assert chosen["search"] != "geometric"
     np.testing.assert_allclose(trained["exit_fractions"], chosen["exit_fractions"], atol=2 / 450)
+
+
+def test_a_run_without_a_bundle_is_refused(digits_run, tmp_path, capsys):
+    shutil.copy(digits_run / "config.json", tmp_path)
+    assert latency.main(["--run", str(tmp_path), "--strategies", "full"]) == 2
+    assert "holds no bundle" in capsys.readouterr().err
 
 
 def test_thresholds_give_the_rates_exactly():

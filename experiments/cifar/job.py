@@ -27,6 +27,7 @@ from experiments.command_line import read_run, to_json
 from experiments.data import splits as data
 from experiments.evaluate import rows as evaluate
 from experiments.evaluate import timing
+from experiments.evaluate.artifact import save_bundle
 from experiments.report import report
 from experiments.report.environment import circumstances
 from experiments.train import loop, trained
@@ -153,6 +154,10 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
                 ("compact", compact, min(config.inference.batch, len(dataset.test.images)), 4),
             )
         ]
+
+    # The bundle.
+    metadata = {name: facts[name] for name in ("dataset", "seed", "command", "date", "versions")}
+    save_bundle(workdir, config.network, dataset, variables, policy, limits, costs, metadata)
 
     # The report.
     test = dataset.test

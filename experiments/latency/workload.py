@@ -8,18 +8,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
-from eejax import cost, policies
+import eejax
+from eejax import cost
 from eejax.evaluation.routing import score
 from eejax.network import EarlyExitNetwork, Variables, normalise
 from eejax.policies import POLICIES, Policy, with_temperatures
-from eejax.selection.thresholds import for_budget
 from eejax.trace import Trace, collect
 from experiments.cifar.config import Config
 from experiments.command_line import from_json, read_run
+from experiments.data import splits
 from experiments.latency.distributions import exit_counts, exit_rates, imposed_thresholds
-from experiments.train import trained
 from experiments.train.config import NetworkConfig, build_network
 
 
@@ -104,26 +103,23 @@ def run_workload(run: Path, count: int) -> Workload:
     """
     try:
         config = from_json(Config, read_run(run)["config"])
-        training = trained.TrainRun(config.data, config.network, config.train, None, config.seed)
-        result = trained.trained(training, config.seed, run, Console(quiet=True))
+        bundle = eejax.load(run)
     except (ValueError, OSError) as error:
-        words = f"--run {run}: {error} Give a directory that experiments.cifar made."
+        words = f"--run {run}: {error} Give the directory of a finished run of experiments.cifar."
         raise ValueError(words) from None
     # The splits were drawn with the run's seed.
-    dataset = result.dataset
-    test = dataset.test.images
-    images = test[np.arange(count) % len(test)]
-    network, variables = result.network, result.variables
-    calibrate = collect(network, variables, *dataset.calibrate)
-    policy = policies.fit(config.inference.policy, calibrate, result.costs.fractions)
-    choose = score(policy, collect(network, variables, *dataset.choose))
-    correct = choose.predictions == dataset.choose.labels[:, None]
-    fractions = result.costs.fractions
-    chosen = for_budget(choose.scores, correct, fractions, config.inference.budget)
-    scores = score(policy, _trace(network, variables, images)).scores
-    name = f"{config.network.words}, {config.data.name}, {run.name}"
-    thresholds = np.asarray(chosen.thresholds, np.float32)
-    return Workload(name, network, variables, policy, images, scores, thresholds=thresholds)
+    dataset = splits.load(config.data, config.seed)
+    images = np.resize(dataset.test.images, (count, *bundle.image))
+    scores = score(bundle.policy, _trace(bundle.network, bundle.variables, images)).scores
+    return Workload(
+        f"{config.network.words}, {dataset.name}, {run.name}",
+        bundle.network,
+        bundle.variables,
+        bundle.policy,
+        images,
+        scores,
+        thresholds=bundle.thresholds,
+    )
 
 
 def _trace(network: EarlyExitNetwork, variables: Variables, images: np.ndarray) -> Trace:
