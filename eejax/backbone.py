@@ -1,4 +1,4 @@
-"""A backbone from a sequence of Flax Linen blocks, cut after some of them."""
+"""Networks from a sequence of Flax Linen blocks, cut after some of them."""
 
 from __future__ import annotations
 
@@ -71,19 +71,18 @@ def cut(
     classifier: nn.Module | None = None,
     image: Sequence[int] | None = None,
 ) -> EarlyExitNetwork:
-    """A network from a sequence of Linen blocks, cut after some of them.
+    """Cuts a sequence of Linen blocks after some of them, and puts a head at each cut.
 
     Args:
-      blocks: the backbone; each is called with `(features, train=train)`.
-      exits: after which blocks an exit sits: 1-based numbers, shares of the multiply-accumulates, a
-        number of exits, or `"all"` (`positions.blocks_of`). The network's own classifier after the
-        last block is always there and may be left out of the list.
+      blocks: the backbone; each block is called with `(features, train=train)`.
+      exits: the positions of the exits, as `eejax.exits.blocks_of` takes them. The exit after the
+        last block is always there and may be left out.
       head: `head(e)` makes the head of exit e, 0-based.
-      classifier: the last head; `head` makes that one too if it is left out.
-      image: `(height, width, channels)` of the images; only shares need it.
+      classifier: the last head; without it `head` makes that one too.
+      image: `(height, width, channels)` of the images; only shares of the cost need it.
 
     Raises:
-      ValueError: positions that do not exist, or shares without `image`.
+      ValueError: if a position does not exist, or shares come without `image`.
     """
 
     def assemble(ends: Sequence[int], head: Callable[[int], Module]) -> EarlyExitNetwork:
@@ -98,7 +97,7 @@ def cut(
             raise ValueError("exits at shares of the cost need the shape of an image; give image=.")
         plain = assemble(
             range(1, len(blocks) + 1),
-            lambda e: from_linen(head(e)) if e == len(blocks) - 1 else _SILENT,
+            lambda e: from_linen(head(e)) if e == len(blocks) - 1 else _FREE,
         )
         shape = jax.ShapeDtypeStruct((1, *image), jnp.float32)
         shapes = jax.eval_shape(plain.init, jax.random.key(0), shape)
@@ -109,7 +108,7 @@ def cut(
     return assemble(ends, lambda e: from_linen(head(e)))
 
 
-def _says_nothing(
+def _zeros(
     variables: Variables,
     features: PyTree,
     memory: PyTree,
@@ -118,9 +117,9 @@ def _says_nothing(
     key: Array | None = None,
 ) -> tuple[ExitOutput, PyTree]:
     del variables, memory, train, key
-    nothing = jnp.zeros(jax.tree.leaves(features)[0].shape[0])
-    return ExitOutput(nothing[:, None], nothing, ()), {}
+    zeros = jnp.zeros(jax.tree.leaves(features)[0].shape[0])
+    return ExitOutput(zeros[:, None], zeros, ()), {}
 
 
-# A head that costs nothing, where only the backbone's cost is wanted.
-_SILENT = Module(lambda *_: {}, _says_nothing)
+# A head without cost, to measure the backbone alone.
+_FREE = Module(lambda *_: {}, _zeros)

@@ -1,10 +1,10 @@
-"""A cascade of plain networks behind the same seam as a network with early exits.
+"""A cascade of plain networks, with the interface of a network with early exits.
 
-Each member answers if it is sure, and else says "I don't know" and hands the image to the next one
-(Wang et al., *IDK cascades: fast deep learning by learning not to overthink*, UAI 2018,
-https://arxiv.org/abs/1706.00885). A cascade is a network whose stages hand on the images and whose
-heads are whole networks. So it is traced, costed, thresholded and executed like any other, and is
-the baseline that early exits have to beat: it shares nothing between its members.
+Each member answers an image if it is confident, and otherwise passes it to the next member (Wang
+et al., *IDK cascades: fast deep learning by learning not to overthink*, UAI 2018,
+https://arxiv.org/abs/1706.00885). The stages of a cascade return the images unchanged, and its
+heads are whole networks, so traces, costs, thresholds and executors work as for any network. It is
+the baseline for early exits, because its members share nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from eejax.network import EarlyExitNetwork, ExitOutput, Module, PyTree, Variable
 
 
 def cascade(members: Sequence[EarlyExitNetwork]) -> EarlyExitNetwork:
-    """The cascade of these networks, of which each gives its last exit's answer.
+    """The cascade of these networks; exit e is the last exit of member e.
 
     Args:
-      members: cheapest first; they read the same images. The last one answers what is left.
+      members: networks that read the same images, the cheapest first.
 
     Raises:
-      ValueError: no members.
+      ValueError: if there are no members.
     """
     if not members:
         raise ValueError("a cascade of no networks; give at least one.")
-    return EarlyExitNetwork((_HAND_ON,) * len(members), tuple(_head(m) for m in members))
+    return EarlyExitNetwork((_IDENTITY,) * len(members), tuple(_head(m) for m in members))
 
 
 def cascade_variables(variables: Sequence[Variables]) -> Variables:
@@ -42,19 +42,14 @@ def cascade_variables(variables: Sequence[Variables]) -> Variables:
     }
 
 
-def _hand_on_init(key: Array, images: PyTree) -> Variables:
-    del key, images
-    return {"params": {}}
-
-
-def _hand_on(
+def _identity(
     variables: Variables, images: PyTree, *, train: bool, key: Array | None = None
 ) -> tuple[PyTree, PyTree]:
     del train, key
     return images, variables.get("batch_stats", {})
 
 
-_HAND_ON = Module(_hand_on_init, _hand_on)
+_IDENTITY = Module(lambda key, images: {"params": {}}, _identity)
 
 
 def _head(member: EarlyExitNetwork) -> Module:

@@ -1,4 +1,4 @@
-"""What each stage and head costs: multiply-accumulates by XLA's analysis, and measured time."""
+"""The cost of each stage and head in multiply-accumulates, as XLA or as papers count them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Costs(NamedTuple):
 
     @property
     def cumulative(self) -> np.ndarray:
-        """`[E]`: the cost of leaving at each exit, every head on the way counted."""
+        """`[E]`: the cost of leaving at each exit, with all heads up to it."""
         return np.cumsum(self.stages + self.heads)
 
     @property
@@ -41,7 +41,7 @@ class Costs(NamedTuple):
           exits: 0-based and increasing.
 
         Raises:
-          ValueError: none, one that does not exist, or not in order.
+          ValueError: if there is no exit, or they are not increasing, or one does not exist.
         """
         groups = kept_groups(exits, len(self.stages))
         return Costs(
@@ -51,44 +51,42 @@ class Costs(NamedTuple):
 
 
 def xla_macs(network: EarlyExitNetwork, variables: Variables, images: Any) -> Costs:
-    """Multiply-accumulates of each stage and each head for one sample.
+    """Multiply-accumulates of each stage and each head for one sample, by XLA's analysis.
 
-    XLA's analysis of the program before optimisation counts two operations for a
-    multiply-accumulate and one for every elementwise one; half of the total is what is returned.
-    Products with a convolution's zero padding are not counted. Nothing is compiled or run, so that
-    the answer is the same on every device.
+    XLA counts two operations for a multiply-accumulate and one for an elementwise operation, in the
+    program before optimisation; the result is half of the total. Products with the zero padding of
+    a convolution do not count. Nothing is compiled or run, so it is the same on every device.
 
     Args:
       network: E exits.
       variables: as `network.init` gives, or their shapes.
-      images: `[B, ...]`, or their shape and dtype; B divides out.
+      images: `[B, ...]`, or their shape and dtype; the costs are divided by B.
     """
-    batch = images.shape[0]
-    stages, heads = [], []
-    for stage, head, features, memory in exit_inputs(network, variables, images):
-        stages.append(_operations(stage, variables, features) / 2 / batch)
-        heads.append(_operations(head, variables, *memory) / 2 / batch)
-    return Costs(np.array(stages), np.array(heads))
+
+    def count(function: Callable[..., Any], *args: Any) -> float:
+        analysis = jax.jit(function).lower(*args).cost_analysis()
+        return float((analysis or {}).get("flops", 0.0)) / 2
+
+    return _costs(network, variables, images, count)
 
 
 def macs(network: EarlyExitNetwork, variables: Variables, images: Any) -> Costs:
     """Multiply-accumulates of convolutions and matrix products alone, as papers count them.
 
-    Products with a convolution's zero padding count, what is elementwise does not. For standing
-    beside published figures; `xla_macs` is nearer to what a device does. Where a program has
-    branches, the dearest counts; a `while` loop counts once.
+    Products with the zero padding of a convolution count, elementwise operations do not. It is for
+    comparison with published figures; `xla_macs` is closer to a device's work. Of the branches of
+    a conditional the most expensive counts; a `while` loop counts once.
 
     Args:
       network: E exits.
       variables: as `network.init` gives, or their shapes.
-      images: `[B, ...]`, or their shape and dtype; B divides out.
+      images: `[B, ...]`, or their shape and dtype; the costs are divided by B.
     """
-    batch = images.shape[0]
-    stages, heads = [], []
-    for stage, head, features, memory in exit_inputs(network, variables, images):
-        stages.append(_products(jax.make_jaxpr(stage)(variables, features)) / batch)
-        heads.append(_products(jax.make_jaxpr(head)(variables, *memory)) / batch)
-    return Costs(np.array(stages), np.array(heads))
+
+    def count(function: Callable[..., Any], *args: Any) -> int:
+        return _products(jax.make_jaxpr(function)(*args))
+
+    return _costs(network, variables, images, count)
 
 
 def exit_inputs(network: EarlyExitNetwork, variables: Variables, images: Any):
@@ -108,13 +106,22 @@ def exit_inputs(network: EarlyExitNetwork, variables: Variables, images: Any):
         features = after
 
 
-def _operations(function: Callable[..., Any], *args: Any) -> float:
-    analysis = jax.jit(function).lower(*args).cost_analysis()
-    return float((analysis or {}).get("flops", 0.0))
+def _costs(
+    network: EarlyExitNetwork,
+    variables: Variables,
+    images: Any,
+    count: Callable[..., float],
+) -> Costs:
+    """`count(function, *args)` of every stage and head, divided by the batch size."""
+    stages, heads = [], []
+    for stage, head, features, memory in exit_inputs(network, variables, images):
+        stages.append(count(stage, variables, features) / images.shape[0])
+        heads.append(count(head, variables, *memory) / images.shape[0])
+    return Costs(np.array(stages), np.array(heads))
 
 
 def _products(jaxpr: Any) -> int:
-    """Multiply-accumulates of the convolutions and products in a jaxpr and in those inside it."""
+    """Multiply-accumulates of the convolutions and products in a jaxpr, nested ones included."""
     total = 0
     for equation in jaxpr.eqns:
         kind, params = equation.primitive.name, equation.params
@@ -127,7 +134,7 @@ def _products(jaxpr: Any) -> int:
             left = equation.invars[0].aval.shape
             total += equation.outvars[0].aval.size * math.prod(left[i] for i in over)
         else:
-            inner = [_products(each) for each in jaxprs_in_params(params)]
+            inner = [_products(nested) for nested in jaxprs_in_params(params)]
             times = params["length"] if kind == "scan" else 1
             total += times * (max(inner, default=0) if kind == "cond" else sum(inner))
     return total

@@ -1,4 +1,4 @@
-"""Where exits sit: by number, by share of the cost, evenly, or after every block."""
+"""Positions of exits: block numbers, shares of the cost, evenly spread, or after every block."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Exits = Literal["all"] | int | float | Iterable[int] | Iterable[float] | None
 def blocks_of(
     exits: Exits, blocks: int, fractions: Callable[[], Sequence[float]]
 ) -> tuple[int, ...]:
-    """The blocks after which exits sit, 1-based; the one after the last block is always among them.
+    """The blocks that an exit follows, 1-based; the last block is always among them.
 
     Args:
       exits: one of
         - block numbers, 1-based and increasing: `(2, 5)`;
-        - shares of the whole network's multiply-accumulates, between 0 and 1: `(0.15, 0.3, 0.45)`.
-          Each is the block at which a plain network would have spent the share most nearly (Kaya,
-          Hong, Dumitras, *Shallow-deep networks*, ICML 2019, https://arxiv.org/abs/1810.07052,
-          take 15, 30, ... 90 %). One share may stand alone;
-        - a number: so many early exits, evenly spread over the blocks;
+        - shares of the network's multiply-accumulates, between 0 and 1: `(0.15, 0.3, 0.45)`, or a
+          single share. The exit follows the block after which the share spent by a plain network
+          is nearest (Kaya, Hong, Dumitras, *Shallow-deep networks*, ICML 2019,
+          https://arxiv.org/abs/1810.07052, take 15, 30, ... 90 %);
+        - a whole number of early exits, evenly spread over the blocks;
         - `"all"`: after every block;
-        - None: three early exits evenly spread, fewer where there are not so many blocks.
-      blocks: how many there are.
-      fractions: gives `[blocks]`, the share that is spent after each block; only asked for shares.
+        - None: three early exits, evenly spread, or fewer if there are fewer blocks.
+      blocks: their number.
+      fractions: returns `[blocks]`, the share spent after each block; only called for shares.
 
     Raises:
-      ValueError: positions that do not exist, that are out of order, or that fall together; or
-        anything else than the above.
+      ValueError: if positions do not exist, are not increasing or coincide, or `exits` is of
+        another form.
     """
     if exits is None:
         exits = min(3, blocks - 1)
@@ -62,7 +62,7 @@ def blocks_of(
 
 
 def _numbers(exits: object) -> np.ndarray:
-    """`exits` as an array of whole numbers or of floats: one of them, or a list."""
+    """`exits` as an array of whole numbers or of floats, without axes or with one."""
     values = exits
     # An array without axes cannot be listed.
     if isinstance(exits, Iterable) and not isinstance(exits, str) and getattr(exits, "ndim", 1):
@@ -72,21 +72,21 @@ def _numbers(exits: object) -> np.ndarray:
     except ValueError:  # lists of different lengths
         numbers = np.asarray(None)
     # Among numbers, NumPy takes True for 1.
-    truths = isinstance(values, list) and any(isinstance(v, bool | np.bool_) for v in values)
-    if numbers.ndim > 1 or numbers.dtype.kind not in "iuf" or truths:
+    booleans = isinstance(values, list) and any(isinstance(v, bool | np.bool_) for v in values)
+    if numbers.ndim > 1 or numbers.dtype.kind not in "iuf" or booleans:
         raise ValueError(f'exits {values!r}; give "all", a number, block numbers or shares.')
     return numbers
 
 
 def _nearest(shares: Sequence[float], fractions: np.ndarray) -> list[int]:
-    """The block, 1-based, that ends nearest to each share."""
+    """For each share the block, 1-based, whose end is nearest to it."""
     ends = [int(np.abs(fractions - share).argmin()) + 1 for share in shares]
     if any(b <= a for a, b in itertools.pairwise([0, *ends, len(fractions)])):
         pairs = zip(shares, ends, strict=True)
-        found = ", ".join(f"{share:g} at block {end}" for share, end in pairs)
+        positions = ", ".join(f"{share:g} at block {end}" for share, end in pairs)
         after = ", ".join(f"{f:.3f}" for f in fractions)
         raise ValueError(
-            f"shares {found}; give increasing shares that fall to different blocks before the "
+            f"shares {positions}; give increasing shares that fall to different blocks before the "
             f"last. The blocks end at {after}."
         )
     return ends

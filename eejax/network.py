@@ -1,7 +1,7 @@
-"""The seam: a backbone cut into stages, and a head after each, as pairs of pure functions.
+"""A network with early exits: a backbone cut into stages and a head after each stage.
 
-Everything outside `models`, `heads` and `adapters` sees a network only through this file and never
-learns which library the modules were written in.
+Stages and heads are pairs of pure functions. Policies, training and executors use a network through
+this file alone, whatever library its modules are written in.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Variables = Mapping[str, Any]
 
 
 class Module(NamedTuple):
-    """A pair of pure functions, any number of inputs.
+    """A pair of pure functions of any number of inputs.
 
     Attributes:
-      init: `init(key, *inputs) -> variables`, a plain nested dict with the collections
-        `"params"` and, where there are running statistics, `"batch_stats"`.
+      init: `init(key, *inputs) -> variables`, a nested dict with the collections `"params"` and,
+        if there are running statistics, `"batch_stats"`.
       apply: `apply(variables, *inputs, train, key=None) -> (outputs, batch_stats)`. With
         `train=True`, `batch_stats` are the statistics after this batch, and `key` is a JAX key for
         dropout and stochastic depth; with `train=False` the statistics are those that came in, and
@@ -38,13 +38,12 @@ class Module(NamedTuple):
 
 
 class ExitOutput(NamedTuple):
-    """What a head puts out.
+    """The output of a head.
 
     Attributes:
       logits: `[B, C]` float32.
-      gate: `[B]` float32, the logit of "stop here"; zeros where the head has no learned gate.
-      memory: what this head hands to the next one, a pytree whose leaves lead with the batch axis;
-        `()` for most heads.
+      gate: `[B]` float32, the logit of "stop here"; zeros if the head has no learned gate.
+      memory: an input of the next head, a pytree with leaves `[B, ...]`; `()` for most heads.
     """
 
     logits: Array
@@ -54,21 +53,21 @@ class ExitOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EarlyExitNetwork:
-    """A backbone cut into E stages, and E heads; head e reads what stage e puts out.
+    """A backbone cut into E stages, and E heads; head e reads the features of stage e.
 
-    The last head is the network's ordinary classifier, so `E == 1` is a plain network. `features`,
-    what a stage hands to its head and to the next stage, is any pytree whose leaves all lead with
-    the batch axis: that is what lets the samples that go on be gathered.
+    The last head is the classifier of the backbone, so with `E == 1` this is a plain network. The
+    features of a stage are a pytree with leaves `[B, ...]`, from which executors gather the samples
+    that go on.
 
-    Variables are `{"params": {"stages": (...), "heads": (...)}, "batch_stats": {the same}}`, one
-    entry a stage and one a head.
+    Variables are `{"params": {"stages": (...), "heads": (...)}, "batch_stats": {the same}}`, with
+    an entry for each stage and each head.
 
     Attributes:
-      stages: `stage(variables, features) -> features`; the first one reads the images.
-      heads: `head(variables, features, memory) -> ExitOutput`; the first one gets `memory=()`.
+      stages: `stage(variables, features) -> features`; the first stage reads the images.
+      heads: `head(variables, features, memory) -> ExitOutput`; the first head gets `memory=()`.
 
     Raises:
-      ValueError: no stages, or not one head for each stage.
+      ValueError: if there are no stages, or another number of heads.
     """
 
     stages: tuple[Module, ...]
@@ -83,11 +82,11 @@ class EarlyExitNetwork:
 
     @property
     def num_exits(self) -> int:
-        """E, the number of exits, the last one included."""
+        """E, the number of exits with the last."""
         return len(self.stages)
 
     def init(self, key: Array, images: Array) -> Variables:
-        """Initial variables, from a key and images `[B, ...]` of which only the shape counts."""
+        """Initial variables, from a key and images `[B, ...]`, whose values do not matter."""
         stages, heads = [], []
         features, memory = images, ()
         for stage, head in zip(self.stages, self.heads, strict=True):
@@ -97,8 +96,8 @@ class EarlyExitNetwork:
             heads.append(head.init(head_key, features, memory))
             output, _ = head.apply(heads[-1], features, memory, train=False)
             memory = output.memory
-        of_stages, of_heads = _collected(stages), _collected(heads)
-        return {c: {"stages": of_stages[c], "heads": of_heads[c]} for c in of_stages}
+        by_stage, by_head = _collected(stages), _collected(heads)
+        return {c: {"stages": by_stage[c], "heads": by_head[c]} for c in by_stage}
 
     def apply_stage(
         self,
@@ -167,10 +166,10 @@ class EarlyExitNetwork:
         return stacked, {"stages": tuple(stage_stats), "heads": tuple(head_stats)}
 
     def apply_plain(self, variables: Variables, images: Array) -> Array:
-        """The plain network, logits `[B, C]`: every stage, and of the heads only the last.
+        """Runs the plain network, every stage and the last head; returns logits `[B, C]`.
 
-        Where heads hand on `memory` the earlier ones are run too, since the last one reads theirs;
-        where they do not, nothing reads the others' logits and the compiler leaves those heads out.
+        The early heads are traced too, since the last head may depend on their memory; if it does
+        not, the compiler removes them.
         """
         features, memory, logits = images, (), None
         for e in range(self.num_exits):
@@ -181,10 +180,10 @@ class EarlyExitNetwork:
         return logits
 
     def reading(self, preprocess: Callable[[Array], Array]) -> EarlyExitNetwork:
-        """The same network, reading `preprocess(images)`; raw uint8 images, say, to be normalised.
+        """The network that reads `preprocess(images)`, for example to normalise raw uint8 images.
 
-        What comes before the first stage then is part of it: of its cost, of every executor and of
-        an exported artifact. Variables do not change.
+        Preprocessing becomes part of the first stage, of its cost and of every executor. Variables
+        do not change.
         """
         first = self.stages[0]
 
@@ -199,22 +198,20 @@ class EarlyExitNetwork:
         return dataclasses.replace(self, stages=(Module(init, apply), *self.stages[1:]))
 
     def keeping(self, exits: Sequence[int]) -> EarlyExitNetwork:
-        """The network with some of its exits, which `keep_variables` gives its variables to.
+        """The network with only some of its exits; `keep_variables` gives its variables.
 
-        Stages between two kept exits become one; the other heads, and the stages after the last
-        kept exit, are gone and cost nothing. So `keeping([e])` is the plain network that ends at
-        exit e, to run or to train from scratch. A stage that needs no merging stays the same
-        `Module`, and merged stages of equal modules are equal: they still share a `loop`.
+        Stages between two kept exits are merged. The other heads and the stages after the last kept
+        exit are removed, so `keeping([e])` is the plain network that ends at exit e, to run or to
+        train from scratch. Merged stages of equal modules are equal, so they can share a `loop`.
 
-        A head cannot do without the `memory` that it reads. Modules do not tell before they are
-        run, so a kept head whose predecessor is gone is refused when it is handed memory or hands
-        any on; one that reads and hands on nothing fails in its own way.
+        A kept head whose predecessor is removed raises ValueError when it runs if it receives or
+        returns memory.
 
         Args:
           exits: 0-based and increasing.
 
         Raises:
-          ValueError: none, one that does not exist, or not in order.
+          ValueError: if there is no exit, or they are not increasing, or one does not exist.
         """
         stages, heads = [], []
         for a, b in kept_groups(exits, self.num_exits):
@@ -230,10 +227,10 @@ def part(variables: Variables, kind: str, e: int) -> Variables:
 
 
 def keep_variables(variables: Variables, exits: Sequence[int]) -> Variables:
-    """The variables of `network.keeping(exits)`, out of the whole network's.
+    """The variables of `network.keeping(exits)`, from those of the whole network.
 
-    Nothing is computed or copied, so shapes or `{"params": params}` do as well. Exits, and what is
-    wrong with them, as for `keeping`.
+    Nothing is computed or copied, so shapes or `{"params": params}` alone work too. `exits` and the
+    errors are those of `keeping`.
     """
 
     def keep(stages: Sequence[PyTree], heads: Sequence[PyTree]) -> dict[str, tuple]:
@@ -245,41 +242,41 @@ def keep_variables(variables: Variables, exits: Sequence[int]) -> Variables:
 
 
 def kept_groups(exits: Sequence[int], num_exits: int) -> list[tuple[int, int]]:
-    """For each kept exit the stages `[start, stop)` that lead to it from the one before."""
+    """For each kept exit the stages `[start, stop)` between the kept exit before and this one."""
     kept = [int(e) for e in exits]
     if not kept or not all(a < b for a, b in itertools.pairwise([-1, *kept, num_exits])):
         raise ValueError(f"exits {kept}; give at least one, increasing, 0 to {num_exits - 1}.")
     return list(itertools.pairwise([0, *(e + 1 for e in kept)]))
 
 
-def _collected(each: Sequence[Variables]) -> dict[str, tuple]:
-    """The variables of several modules by collection, a tuple with an entry a module."""
-    return {c: tuple(v.get(c, {}) for v in each) for c in ("params", "batch_stats")}
+def _collected(variables: Sequence[Variables]) -> dict[str, tuple]:
+    """The variables of several modules by collection, as tuples with an entry for each module."""
+    return {c: tuple(v.get(c, {}) for v in variables) for c in ("params", "batch_stats")}
 
 
 def _folded(key: Array | None, number: int) -> Array | None:
     return None if key is None else jax.random.fold_in(key, number)
 
 
-# Both are cached so that equal modules are merged to equal ones, in one network and in the next.
+# Both are cached so that equal modules merge into equal modules.
 @functools.cache
 def _in_turn(modules: tuple[Module, ...]) -> Module:
-    """Stages one after the other as one; each collection is a tuple of theirs."""
+    """Several stages as one; its collections are tuples of theirs."""
 
     def init(key: Array, features: PyTree) -> Variables:
-        each = []
-        for module, own in zip(modules, jax.random.split(key, len(modules)), strict=True):
-            each.append(module.init(own, features))
-            features, _ = module.apply(each[-1], features, train=False)
-        return _collected(each)
+        variables = []
+        for module, part_key in zip(modules, jax.random.split(key, len(modules)), strict=True):
+            variables.append(module.init(part_key, features))
+            features, _ = module.apply(variables[-1], features, train=False)
+        return _collected(variables)
 
     def apply(
         variables: Variables, features: PyTree, *, train: bool, key: Array | None = None
     ) -> tuple[PyTree, PyTree]:
         stats = []
         for i, module in enumerate(modules):
-            own = {c: tree[i] for c, tree in variables.items()}
-            features, after = module.apply(own, features, train=train, key=_folded(key, i))
+            of_module = {c: tree[i] for c, tree in variables.items()}
+            features, after = module.apply(of_module, features, train=train, key=_folded(key, i))
             stats.append(after)
         return features, tuple(stats)
 
@@ -288,13 +285,13 @@ def _in_turn(modules: tuple[Module, ...]) -> Module:
 
 @functools.cache
 def _without_memory(head: Module) -> Module:
-    """A head whose predecessor is gone; refuses to run where that one's memory would be missed."""
+    """A head whose predecessor is removed; raises ValueError if it receives or returns memory."""
 
     def check(memory: PyTree) -> None:
         if jax.tree.leaves(memory):
             raise ValueError(
                 "a kept head takes or hands on memory, and the head before it is dropped; keep "
-                "every exit up to that head, or train a network that is cut at these exits only."
+                "every exit up to that head, or train a network that has these exits only."
             )
 
     def init(key: Array, features: PyTree, memory: PyTree) -> Variables:
@@ -325,10 +322,10 @@ def normalise(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Arra
       std: per channel, in 0..255.
 
     Raises:
-      ValueError: not as many of both, or a standard deviation that is not positive.
+      ValueError: if `mean` and `std` differ in length, or a standard deviation is not positive.
     """
     if len(mean) != len(std) or not all(s > 0 for s in std):
-        raise ValueError(f"mean {mean} and std {std}; give one of each a channel, std positive.")
+        raise ValueError(f"mean {mean} and std {std}; give both for each channel, std positive.")
     offset = np.asarray(mean, np.float32)[None, None, None]
     scale = 1 / np.asarray(std, np.float32)[None, None, None]
 

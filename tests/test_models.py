@@ -2,20 +2,23 @@
 
 import functools
 import math
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import toys
+from flax.errors import InvalidRngError
 
 from eejax import compact, cond, cost, loop, max_prob
 from eejax.evaluation.routing import route, score
 from eejax.inference import compaction
 from eejax.models import FAMILIES, build
 from eejax.models.fast import Stem, fast
-from eejax.models.layers import convolved, shifted
+from eejax.models.layers import convolved, drop_branch, shifted
 from eejax.models.resnet import resnet
 from eejax.trace import recorded
 from eejax.training import cross_entropies
@@ -49,9 +52,12 @@ def test_full_networks_are_those_of_the_literature(family, published):
 
 
 @functools.cache
-def small(name, exits=None, dtype=jnp.float32):
-    """A network that is trained in seconds, with two early exits if it can, and its images."""
+def small(name, exits=None, dtype=jnp.float32, random=False):
+    """A network that trains in seconds, and its image size: two early exits if there can be, and
+    with `random` the published dropout and stochastic depth."""
     build, arguments = FAMILIES[name].build, dict(FAMILIES[name].small)
+    if random:
+        arguments.update(FAMILIES[name].regularisation)
     if exits is None:
         exits = min(2, build(4, **{**arguments, "exits": "all"}).num_exits - 1)
     network = build(4, **{**arguments, "exits": exits, "gate": "features", "dtype": dtype})
@@ -59,8 +65,8 @@ def small(name, exits=None, dtype=jnp.float32):
 
 
 @functools.cache
-def initial(name, exits=None):
-    network, image = small(name, exits)
+def initial(name, exits=None, random=False):
+    network, image = small(name, exits, random=random)
     return jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *image)))
 
 
@@ -82,31 +88,39 @@ def test_exits_leave_the_backbone_as_it_is_and_costs_add_up(name):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_step_trains_every_parameter(name, dtype):
-    network, image = small(name, dtype=dtype)
+def test_a_step_trains_every_parameter_with_the_published_regularisation(name, dtype):
+    network, image = small(name, dtype=dtype, random=True)
     images = jax.random.normal(jax.random.key(1), (8, *image))
     targets = jax.nn.one_hot(jnp.arange(8) % 4, 4)
-    variables = initial(name)
-    optimiser = optax.sgd(1e-3)
+    # Dropout has no variables, so those of the small network serve, unless there are more layers.
+    variables = initial(name, random="hidden" in FAMILIES[name].regularisation)
+    # A first-order step, even where layer normalisation divides by little: a new class token is 0.
+    optimiser = optax.sgd(1e-5)
 
-    def loss(params):
-        outputs, stats = network.apply_all({**variables, "params": params}, images, train=True)
+    def loss(params, key):
+        trained = {**variables, "params": params}
+        outputs, stats = network.apply_all(trained, images, train=True, key=key)
         losses = cross_entropies(outputs.logits, targets).sum(0)
         return losses.mean() + (outputs.gate**2).mean(), (outputs, stats)
 
     @jax.jit
-    def step(params):
-        (before, (outputs, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    def step(params, key):
+        (before, (outputs, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(params, key)
         updates, _ = optimiser.update(gradients, optimiser.init(params))
         return before, outputs, stats, gradients, optax.apply_updates(params, updates)
 
-    before, outputs, stats, gradients, params = step(variables["params"])
+    keys = [jax.random.key(k) for k in (1, 1, 2)]
+    first, again, other = (step(variables["params"], key) for key in keys)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    drawn = (first[1].logits[-1] != other[1].logits[-1]).any()
+    assert drawn == bool(FAMILIES[name].regularisation)
+    before, outputs, stats, gradients, params = first
     assert outputs.logits.dtype == outputs.gate.dtype == jnp.float32
     assert outputs.logits.shape == (network.num_exits, 8, 4)
     assert np.isfinite(before)
-    # In bfloat16 what one small step gains can be lost in rounding.
+    # In bfloat16 rounding can hide the gain of one small step.
     if dtype == jnp.float32:
-        assert step(params)[0] < before
+        assert step(params, keys[0])[0] < before
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert gradient.dtype == jnp.float32, path
         assert np.isfinite(gradient).all(), jax.tree_util.keystr(path)
@@ -117,6 +131,57 @@ def test_a_step_trains_every_parameter(name, dtype):
     ):
         assert not np.array_equal(old, new)
         assert new.dtype == jnp.float32
+
+
+def program(function, *arguments):
+    """The text of a traced function, without the addresses in it."""
+    return re.sub(r" at 0x\w+", "", str(jax.make_jaxpr(function)(*arguments)))
+
+
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.regularisation])
+def test_dropout_and_stochastic_depth_change_neither_inference_nor_initial_values(name):
+    network, image = small(name, random=True)
+    off = dict.fromkeys({"dropout", "stochastic_depth"} & FAMILIES[name].regularisation.keys(), 0)
+    arguments = {**FAMILIES[name].small, **FAMILIES[name].regularisation, **off}
+    plain = FAMILIES[name].build(4, **{**arguments, "exits": 2, "gate": "features"})
+    key, images = jax.random.key(0), jnp.zeros((2, *image))
+    variables = jax.eval_shape(network.init, key, images)
+    assert program(network.init, key, images) == program(plain.init, key, images)
+    answers = [lambda v, x, n=n: n.apply_all(v, x)[0] for n in (network, plain)]
+    assert program(answers[0], variables, images) == program(answers[1], variables, images)
+    with pytest.raises(InvalidRngError, match="dropout"):
+        jax.eval_shape(lambda v: network.apply_all(v, images, train=True), variables)
+
+
+def test_a_dropped_branch_keeps_its_expected_value_and_drops_whole_samples():
+    class Branch(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            return drop_branch(x, 0.25, train)
+
+    x, key = jnp.ones((4000, 2, 3)), jax.random.key(0)
+    dropped = Branch().apply({}, x, train=True, rngs={"dropout": key})
+    assert isinstance(dropped, jax.Array)
+    rows = np.asarray(dropped).reshape(4000, 6)
+    assert set(np.unique(rows)) == {0, np.float32(1 / 0.75)}
+    assert (rows == rows[:, :1]).all()
+    # Ten standard errors.
+    assert abs(rows[:, 0].mean() - 1) < 10 * (1 / 0.75 - 1) ** 0.5 / 4000**0.5
+    np.testing.assert_array_equal(Branch().apply({}, x, train=False), x)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("vit", {"dropout": 1.0}, "dropout of 1.0; give a rate from 0 to less than 1"),
+        ("efficientnet", {"stochastic_depth": -0.1}, "stochastic_depth of -0.1; give a rate"),
+        ("wideresnet", {"dropout": float("nan")}, "dropout of nan; give a rate"),
+        ("vgg", {"dropout": 0.5}, "dropout of 0.5 without hidden layers"),
+    ],
+)
+def test_rates_that_make_no_sense_are_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FAMILIES[name].build(10, **arguments)
 
 
 # One size of tiles, so that each stage is compiled once.
@@ -158,12 +223,12 @@ def test_executors_agree_with_the_reference(name):
         np.testing.assert_allclose(found.logits[clear], routed.logits[clear], rtol=1e-3, atol=1e-3)
 
 
-def test_equal_stages_are_seen_to_be_equal():
-    equal = {"isotropic", "vit"}
-    for name in FAMILIES:
-        found = compaction.runs(small(name, "all")[0])
-        if name in equal:
-            assert found == [(0, 1), (1, small(name, "all")[0].num_exits)]
+@pytest.mark.parametrize("name", ["isotropic", "vit"])
+def test_equal_blocks_are_equal_stages(name):
+    family = FAMILIES[name]
+    for arguments in (family.small, {**family.small, **family.regularisation}):
+        network = family.build(4, **{**arguments, "exits": "all"})
+        assert compaction.runs(network) == [(0, 1), (1, network.num_exits)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -218,7 +283,7 @@ def test_images_and_widths_that_are_none_are_refused(name):
         ("densenet", {"groups": (6, 0, 6)}, "groups .*; give one or more positive numbers"),
         ("mobilenet", {"depth": 0.0}, "depth 0.0; give a positive number"),
         ("efficientnet", {"depth": -1.0}, "depth -1.0; give a positive number"),
-        ("vgg", {"image": (28, 28, 1)}, "images of 28x28 .* at least 32x32"),
+        ("vgg", {"image": (28, 28, 1)}, "images of 28x28; .* at least 32x32"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused(name, arguments, said):

@@ -247,7 +247,7 @@ def test_reading_normalises_raw_images_inside_the_first_stage():
     ("mean", "std"), [((1.0, 2.0), (1.0,)), ((1.0,), (0.0,)), ((1.0,), (float("nan"),))]
 )
 def test_normalising_needs_a_mean_and_a_positive_deviation_a_channel(mean, std):
-    with pytest.raises(ValueError, match="give one of each a channel, std positive"):
+    with pytest.raises(ValueError, match="give both for each channel, std positive"):
         normalise(mean, std)
 
 

@@ -59,24 +59,13 @@ def alexnet(
 ) -> EarlyExitNetwork:
     """An AlexNet for small images, with exits after any of its five convolutions.
 
-    A convolution and the pooling after it are one block.
+    A convolution and the pooling after it are one block. Early heads are `Head(classes, Mixed())`.
 
     Args:
-      classes: C.
-      image: `(height, width, channels)`, at least 16x16. The last pooling is left out where it
-        would leave nothing: below 29x29, as with the 28x28 of MNIST.
+      image: at least 16x16. The last pooling is left out below 29x29, where it would leave nothing.
       width: channels of the first block; the others have 3, 6, 4 and 4 times as many.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; `heads.Head(classes, Mixed(), gate)` without it.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters and heads stay float32.
-
-    Raises:
-      ValueError: images that are too small, a width that is not positive, or exits that do not
-        exist.
     """
-    network = "a network that shrinks them sixteen times before its third convolution"
-    check_size(image, 16, network, width=width)
+    check_size(image, 16, width=width)
     blocks: list[nn.Module] = [
         Block(width, 11, 4, True, dtype),
         Block(3 * width, 5, 1, True, dtype),

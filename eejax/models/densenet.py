@@ -26,13 +26,8 @@ from eejax.network import EarlyExitNetwork
 
 
 class Stem(nn.Module):
-    """A strided 7x7 convolution, normalised, and max pooling; or one 3x3 convolution, bare.
-
-    Attributes:
-      width: channels that come out.
-      small: the 3x3 convolution, which the paper has for images of 32x32.
-      dtype: of the arithmetic.
-    """
+    """A strided 7x7 convolution, batch normalisation, ReLU and max pooling; if `small`, a 3x3
+    convolution alone, as in the paper for images of 32x32."""
 
     width: int
     small: bool
@@ -88,29 +83,20 @@ def densenet(
 ) -> EarlyExitNetwork:
     """A DenseNet-BC, with exits after any of its dense layers.
 
-    Args:
-      classes: C.
-      image: `(height, width, channels)`. Images under 64 pixels are not shrunk at the start: there
-        one 3x3 convolution stands for the strided 7x7 one, its norm and the pooling.
-      groups: dense layers of each group, of which each but the last ends in halving the image:
-        (6, 12, 24, 16) is DenseNet-121, (6, 12, 32, 32) -169; three of (d - 4) / 6 are the paper's
-        for CIFAR of depth d.
-      width: the growth rate, channels that a layer adds; the stem puts out twice as many.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; without it one that normalises and activates what it
-        pools, as the last head does.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
+    All heads are `Head(classes, Pooled(norm=True))`.
 
-    Raises:
-      ValueError: no groups or an empty one, a width that is not positive, images too small, or
-        exits that do not exist.
+    Args:
+      image: under 64 pixels, the stem is one 3x3 convolution and keeps the size.
+      groups: the number of dense layers in each group; every group but the last ends by halving the
+        image. (6, 12, 24, 16) is DenseNet-121 and (6, 12, 32, 32) DenseNet-169; for CIFAR the paper
+        has three groups of (d - 4) / 6, at depth d.
+      width: the growth rate, channels that a layer adds; the stem's output has twice as many.
     """
     groups = tuple(groups)
     check_size(image, groups=groups, width=width)
     small = small_image(image)
     halvings = len(groups) - 1 + (0 if small else 2)
-    check_size(image, 1 << halvings, f"{len(groups)} groups, which halve them {halvings} times")
+    check_size(image, 1 << halvings)
     blocks: list[nn.Module] = []
     for group, layers in enumerate(groups):
         for i in range(layers):

@@ -1,8 +1,7 @@
 """EfficientNet: inverted residuals with squeeze-and-excitation, deeper and wider by two factors.
 
 Tan, Le, *EfficientNet: rethinking model scaling for convolutional neural networks*, ICML 2019,
-https://arxiv.org/abs/1905.11946. As in torchvision, without its dropout before the classifier and
-its stochastic depth: parameters and inference are the same.
+https://arxiv.org/abs/1905.11946, as in torchvision.
 """
 
 from __future__ import annotations
@@ -19,19 +18,18 @@ from eejax.backbone import cut
 from eejax.exits import Exits
 from eejax.models.family import Family, Published
 from eejax.models.heads import Head, Pooled
-from eejax.models.layers import check_size, he, small_image
+from eejax.models.layers import check_rate, check_size, he, small_image
 from eejax.models.mobilenet import ConvNorm, InvertedResidual, rounded
 from eejax.network import EarlyExitNetwork
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a share in (0, 1), which a small MLP makes of all channels' averages.
+    """Scales each channel by a factor in (0, 1), from an MLP on the averages of all channels.
 
     Hu, Shen, Sun, *Squeeze-and-excitation networks*, CVPR 2018, https://arxiv.org/abs/1709.01507.
 
     Attributes:
-      width: channels between the MLP's two layers.
-      dtype: of the arithmetic.
+      width: of the MLP's hidden layer.
     """
 
     width: int
@@ -54,36 +52,36 @@ def efficientnet(
     image: Sequence[int] = (32, 32, 3),
     depth: float = 1.0,
     width: float = 1.0,
+    dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
     exits: Exits = None,
     head: Callable[[int], nn.Module] | None = None,
     gate: str | None = None,
     dtype: Any = jnp.float32,
 ) -> EarlyExitNetwork:
-    """An EfficientNet, with exits after any of its blocks; B0's are stem, 16, and a convolution.
+    """An EfficientNet, with exits after any of its blocks: the stem, 16 in B0, a last convolution.
+
+    Early heads are `Head(classes, Pooled(norm=True))`, since blocks end without an activation.
 
     Args:
-      classes: C.
-      image: `(height, width, channels)`. Of images under 64 pixels the stem and the first strided
-        block keep the size, so that these are halved three times and not five.
+      image: at least 8x8. Under 64 pixels the stem and the first strided block keep the size, so
+        that the image is halved three times instead of five.
       depth: a factor on the repeats of each block, rounded up: 1 for B0, 1.1 for B1, 1.2 for B2.
       width: a factor on the channels, rounded to multiples of 8: 1 for B0 and B1, 1.1 for B2.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; without it one that normalises and activates what it
-        pools, `heads.Pooled(norm=True)`, since the blocks end without an activation.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
-
-    Raises:
-      ValueError: a factor that is not positive, images under 8 pixels, or exits that do not exist.
+      dropout: before the last classifier; 0.2 for B0 and B1, 0.3 for B2.
+      stochastic_depth: the rate at which the last residual branch is dropped, 0.2 as published; it
+        grows linearly from zero at the first.
     """
-    check_size(image, 8, "a network that halves them three times or more", depth=depth, width=width)
+    check_size(image, 8, depth=depth, width=width)
+    check_rate(dropout=dropout, stochastic_depth=stochastic_depth)
     small = small_image(image)
     before = rounded(32 * width)
     blocks: list[nn.Module] = [
         ConvNorm(before, 3, 1 if small else 2, activation=nn.silu, dtype=dtype)
     ]
-    for group, (expansion, channels, repeats, stride, size) in enumerate(GROUPS):
-        for i in range(math.ceil(repeats * depth)):
+    counts = [math.ceil(repeats * depth) for _, _, repeats, _, _ in GROUPS]
+    for group, (expansion, channels, _, stride, size) in enumerate(GROUPS):
+        for i in range(counts[group]):
             stays = i > 0 or (small and group == 1)
             after = rounded(channels * width)
             blocks.append(
@@ -94,12 +92,14 @@ def efficientnet(
                     size,
                     attention=SqueezeExcitation(before // 4, dtype),
                     activation=nn.silu,
+                    drop=stochastic_depth * (len(blocks) - 1) / sum(counts),
                     dtype=dtype,
                 )
             )
             before = after
     blocks.append(ConvNorm(4 * before, activation=nn.silu, dtype=dtype))
-    early, last = Head(classes, Pooled(norm=True), gate), Head(classes, gate=gate)
+    early = Head(classes, Pooled(norm=True), gate)
+    last = Head(classes, gate=gate, dropout=dropout)
     return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)
 
 
@@ -131,4 +131,5 @@ FAMILY = Family(
             ("B2", 288, 1.2, 1.1, 9_109_994, 1.088e9),
         )
     ),
+    {"dropout": 0.2, "stochastic_depth": 0.2},
 )

@@ -1,11 +1,10 @@
 """A network that two CPU cores train in minutes, in the shape of airbench's (Jordan, 2024,
 https://arxiv.org/abs/2404.00498): few wide convolutions, normalised without a learned scale.
 
-Where it differs, it is for XLA on a CPU. There a 3x3 convolution runs at full speed on images of
-8x8 and 4x4 with many channels, several times slower on 32x32 with few, and a hundred times slower
-on 2x2. So the image is folded once (2x2 pixels become channels), is halved twice by
-pooling, and most multiply-accumulates sit on 4x4 features near the end: that also leaves the
-early exits cheap.
+The differences are for XLA on a CPU, where a 3x3 convolution runs at full speed on images of 8x8
+and 4x4 with many channels, several times slower on 32x32 with few, and a hundred times slower on
+2x2. So the image is folded once (2x2 pixels become channels) and halved twice by pooling, and most
+multiply-accumulates are spent on 4x4 features near the end, which leaves the early exits cheap.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """A 3x3 convolution; then, each if asked for, pooling and a shortcut."""
+    """A 3x3 convolution, with `pool` 2x2 pooling, and with `residual` a shortcut."""
 
     width: int
     pool: bool = False
@@ -72,20 +71,13 @@ def fast(
     gate: str | None = None,
     dtype: Any = jnp.float32,
 ) -> EarlyExitNetwork:
-    """The fast network: a stem and five blocks, exits after any of them.
+    """The fast network: a stem and five blocks, with exits after any block.
+
+    All heads are `Head(classes, Pooled("both"))`.
 
     Args:
-      classes: C.
-      image: `(height, width, channels)`. Of those of 16 pixels or more an odd last row or column is
-        left out.
+      image: from 16 pixels on, an odd last row or column is left out.
       width: channels of the first block; the others have 2, 4, 4 and 4 times as many.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; one on averages and maxima without it.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
-
-    Raises:
-      ValueError: a width that is not positive, or exits that do not exist.
     """
     check_size(image, width=width)
     blocks: list[nn.Module] = [

@@ -1,14 +1,14 @@
 """Exit heads, in Flax Linen: `head(features, memory, train) -> ExitOutput`.
 
-A head is a *reader*, which makes a vector of the features, and what every head has after it: a
-linear classifier, and if asked for a gate and a look at what the head before said.
+A head is a *reader*, which turns features into a vector, then a linear classifier, an optional
+gate, and optionally the logits of the head before as a further input.
 
     Head(10)                                    global average pooling, linear
     Head(10, Hidden((128,)))                    a small MLP on that
     Head(10, Convolutional())                   BranchyNet's
     Head(10, Mixed(), gate="uncertainty")       the shallow-deep network's, with a gate
     Head(10, Tokens("attention"))               for transformers
-    Head(10, cascaded=True)                     sees the head before it
+    Head(10, cascaded=True)                     also reads the logits of the head before
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Pooled(nn.Module):
     """Global pooling, `[B, H, W, K]` to `[B, K]`, or `[B, 2 K]` for `"both"`.
 
     Attributes:
-      kind: `"average"`, `"max"`, or `"both"` side by side.
-      norm: batch normalisation and ReLU before it, which pre-activation networks end with.
+      kind: `"average"`, `"max"`, or `"both"`, concatenated.
+      norm: batch normalisation and ReLU before it, as at the end of pre-activation networks.
     """
 
     kind: str = "average"
@@ -53,10 +53,10 @@ class Pooled(nn.Module):
 
 
 class Flat(nn.Module):
-    """`[B, H, W, K]` to `[B, K H W]`, channel by channel, the order in which PyTorch's weights are.
+    """`[B, H, W, K]` to `[B, K H W]`, channel by channel, the order of PyTorch's weights.
 
     Attributes:
-      size: average over windows to this height and width before; None leaves them.
+      size: height and width after averaging over windows; without it nothing is averaged.
     """
 
     size: int | None = None
@@ -78,23 +78,26 @@ class Flat(nn.Module):
 
 
 class Hidden(nn.Module):
-    """Linear layers with ReLU on what another reader gives: a small MLP.
+    """An MLP on another reader: linear layers with ReLU.
 
     Attributes:
-      widths: of each layer.
-      reader: what it reads.
+      widths: of the layers.
+      reader: turns the features into the vector that the MLP reads.
       dtype: of the arithmetic.
+      dropout: the rate after each layer.
     """
 
     widths: Sequence[int]
     reader: nn.Module = Pooled()
     dtype: Any = jnp.float32
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, features: PyTree, *, train: bool) -> Array:
         x = self.reader(features, train=train).astype(self.dtype)
         for i, width in enumerate(self.widths):
             x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"layer{i}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return x
 
 
@@ -102,7 +105,7 @@ class Convolutional(nn.Module):
     """BranchyNet's branch: a 3x3 convolution, ReLU, 3x3 max pooling with stride 2, flattened.
 
     Teerapittayanon, McDanel, Kung, *BranchyNet*, ICPR 2016, https://arxiv.org/abs/1709.01686.
-    Of a feature map of one pixel nothing is pooled.
+    A feature map of one pixel is not pooled.
 
     Attributes:
       width: channels of the convolution.
@@ -126,12 +129,12 @@ class Mixed(nn.Module):
     """Pooling to `size` x `size` by `a max + (1 - a) average` with a learned a, flattened.
 
     The feature reduction of Kaya, Hong, Dumitras, *Shallow-deep networks*, ICML 2019,
-    https://arxiv.org/abs/1810.07052. Windows are side // size pixels, their formula, so a side that
-    is no multiple of `size` keeps up to 2 size - 1; of 7x7 features nothing is pooled with size 4.
-    All that stays is read by the classifier, which is heavy where there are many classes.
+    https://arxiv.org/abs/1810.07052. As there, windows are side // size pixels, so a side that is
+    no multiple of `size` keeps up to 2 size - 1 pixels; 7x7 features are not pooled with size 4.
+    The classifier reads all of them, which is expensive with many classes.
 
     Attributes:
-      size: height and width after pooling, of features that are a multiple of it.
+      size: height and width after pooling, if those of the features are a multiple of it.
     """
 
     size: int = 4
@@ -155,7 +158,7 @@ class Reduced(nn.Module):
     efficient image classification*, ICLR 2018, https://arxiv.org/abs/1703.09844.
 
     Attributes:
-      width: channels of both convolutions; None is as many as come in (their ImageNet networks).
+      width: channels of both convolutions; None keeps those of the features, as for ImageNet.
       dtype: of the arithmetic.
     """
 
@@ -184,7 +187,7 @@ class Tokens(nn.Module):
     Attributes:
       kind: `"class"`, the first token; `"mean"`, of all of them; `"attention"`, the mean weighted
         by a softmax of each token's product with a learned query.
-      norm: layer normalisation first, which transformers end with.
+      norm: layer normalisation first, as at the end of transformers.
     """
 
     kind: str = "class"
@@ -213,20 +216,21 @@ class Tokens(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear classifier on what a reader makes of the features, with an optional gate.
+    """A linear classifier on a reader's vector, with an optional gate.
 
     Attributes:
       classes: C, the number of classes.
-      reader: `reader(features, train) -> [B, K]`. Of a list of scales it gets the last, the
+      reader: `reader(features, train) -> [B, K]`. Given several scales, it reads the last, the
         coarsest.
-      gate: None, a logit of zero; `"features"`, linear on what the reader gives; `"uncertainty"`,
+      gate: None, a logit of zero; `"features"`, linear on the reader's vector; `"uncertainty"`,
         linear on `uncertainty(logits)`, as in JEI-DNN (Regol, Chataoui, Coates, *Jointly-learned
         exit and inference for a dynamic neural network*, ICLR 2024,
         https://arxiv.org/abs/2310.09163).
-      cascaded: the classifier also sees the logits of the head before, normalised and without
-        gradient, which come and go as `memory` (Wolczyk et al., *Zero time waste*, NeurIPS 2021,
-        https://arxiv.org/abs/2106.05409). The first head of a cascade has none to see.
+      cascaded: the classifier also reads the logits of the head before, normalised and without
+        gradient, which travel as `memory` (Wolczyk et al., *Zero time waste*, NeurIPS 2021,
+        https://arxiv.org/abs/2106.05409). The first head of a cascade has none to read.
       bias: whether the classifier learns an offset.
+      dropout: the rate on what the classifier reads.
     """
 
     classes: int
@@ -234,18 +238,20 @@ class Head(nn.Module):
     gate: str | None = None
     cascaded: bool = False
     bias: bool = True
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, features: PyTree, memory: PyTree, *, train: bool) -> ExitOutput:
-        """Features to logits `[B, C]`, gate `[B]`, and for a cascaded head the logits as memory."""
+        """Features to logits `[B, C]`, gate `[B]`, and the logits as memory if cascaded."""
         if isinstance(features, list | tuple):
             features = features[-1]
         read = self.reader(features, train=train).astype(jnp.float32)
-        seen = read
+        x = read
         if self.cascaded and jax.tree.leaves(memory):
-            said = nn.LayerNorm(name="before")(lax.stop_gradient(memory))
-            seen = jnp.concatenate([read, said], axis=-1)
-        logits = nn.Dense(self.classes, use_bias=self.bias, name="classifier")(seen)
+            before = nn.LayerNorm(name="before")(lax.stop_gradient(memory))
+            x = jnp.concatenate([read, before], axis=-1)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        logits = nn.Dense(self.classes, use_bias=self.bias, name="classifier")(x)
         return ExitOutput(logits, self._gate(read, logits), logits if self.cascaded else ())
 
     def _gate(self, read: Array, logits: Array) -> Array:
@@ -253,7 +259,7 @@ class Head(nn.Module):
             return jnp.zeros(logits.shape[0], jnp.float32)
         if self.gate not in ("features", "uncertainty"):
             raise ValueError(f'a gate on {self.gate!r}; give "features", "uncertainty" or None.')
-        # The gate starts undecided at a low rate, so that no exit hoards the samples at the start.
+        # The bias starts low, so that no exit takes most samples at the start of training.
         linear = nn.Dense(1, name="gate", bias_init=nn.initializers.constant(-1.0))
         return linear(read if self.gate == "features" else uncertainty(logits))[:, 0]
 
@@ -261,8 +267,8 @@ class Head(nn.Module):
 def uncertainty(logits: Array) -> Array:
     """Four statistics of `p = softmax(logits)`, `[B, C]` to `[B, 4]`.
 
-    The largest probability; the entropy over log C; the largest less the second largest; and the
-    entropy over log C of p squared and normalised, which looks closer at the likely classes.
+    They are max(p), the entropy over log C, the margin between the two largest probabilities, and
+    the entropy over log C of p squared and normalised, which weighs the likely classes more.
     """
 
     def entropy(logits: Array) -> Array:
@@ -275,10 +281,10 @@ def uncertainty(logits: Array) -> Array:
 
 
 def average_pool(x: Array, window: tuple[int, int]) -> Array:
-    """Averages over windows side by side, `[B, H, W, K]` to `[B, H/h, W/w, K]`.
+    """Averages over adjacent windows, `[B, H, W, K]` to `[B, H // h, W // w, K]`.
 
-    What is left over at the lower and right edges is dropped. Flax's own divides by an integer,
-    which strict types refuse.
+    Left-over rows and columns are dropped. `nn.avg_pool` divides by an integer, which strict dtype
+    promotion refuses.
     """
     return nn.pool(x, 0.0, lax.add, window, window, "VALID") / float(window[0] * window[1])
 
@@ -296,16 +302,16 @@ def _batch_norm(train: bool, name: str = "bn") -> nn.BatchNorm:
 def _pooled(x: Array, combine: Any, reduce: Any, start: float, train: bool) -> Array:
     """`[B, H, W, K]` to `[B, K]`, by `reduce`, the mean or the maximum.
 
-    XLA fuses a reduction with everything elementwise before it, and on a CPU computes that again
-    for it: in a ResNet the whole chain of shortcuts of a stage, which made a head cost 1 % of the
-    network. It does not fuse a window. Where gradients are wanted a window's are slower, though,
-    and on other devices the reduction is the quicker.
+    On a CPU, XLA fuses a reduction with everything elementwise before it and computes that again:
+    in a ResNet the whole chain of shortcuts of a stage, which made a head cost 1 % of the network.
+    It does not fuse a window, so inference on a CPU pools by one. The gradient of a window is
+    slower, and so is a window on other devices.
     """
     size = x.shape[1] * x.shape[2]
 
     def window(x: Array) -> Array:
-        # NumPy's, which stays a constant while tracing. With any other start JAX does not see that
-        # this is a sum or a maximum, and has no gradient for it.
+        # A NumPy constant; with a traced one JAX does not recognise a sum or a maximum and has no
+        # gradient for it.
         start_ = np.asarray(start, x.dtype)
         shape = (1, *x.shape[1:3], 1)
         pooled = lax.reduce_window(x, start_, combine, shape, shape, "VALID")

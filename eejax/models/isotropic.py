@@ -1,8 +1,8 @@
 """An isotropic network: patches, then equal residual blocks of one width and one image size.
 
-All stages but the first are one module, so that `compaction.loop` compiles them once, whatever the
-depth. The shape is that of isotropic vision networks without attention (Trockman & Kolter, *Patches
-are all you need?*, 2022, https://arxiv.org/abs/2201.09792), with a plain 3x3 convolution a block.
+All stages but the first are equal modules, so `eejax.loop` compiles one for any depth. The shape is
+that of isotropic vision networks without attention (Trockman & Kolter, *Patches are all you need?*,
+2022, https://arxiv.org/abs/2201.09792), with a plain 3x3 convolution in each block.
 """
 
 from __future__ import annotations
@@ -62,22 +62,13 @@ def isotropic(
     gate: str | None = None,
     dtype: Any = jnp.float32,
 ) -> EarlyExitNetwork:
-    """An isotropic network with exits after any of its blocks.
+    """An isotropic network, with exits after any of its blocks; all heads are `Head(classes)`.
 
     Args:
-      classes: C.
-      image: `(height, width, channels)`.
+      image: a multiple of the patch.
       depth: blocks.
       width: channels.
-      patch: pixels along a patch; images are multiples of it.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; `heads.Head(classes, gate=gate)` without it.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
-
-    Raises:
-      ValueError: a size that is not positive, images that are not whole patches, or exits that do
-        not exist.
+      patch: pixels along a patch.
     """
     check_size(image, depth=depth, width=width, patch=patch)
     check_patches(image, patch)

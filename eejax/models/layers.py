@@ -16,7 +16,8 @@ class Norm(nn.Module):
     """Batch normalisation, computed in float32 whatever the dtype around it.
 
     Attributes:
-      scale: learn a scale beside the offset; a convolution that follows directly can make any.
+      scale: whether a scale is learned beside the offset; a convolution that follows directly makes
+        it redundant.
       dtype: of the result.
     """
 
@@ -35,8 +36,8 @@ class Norm(nn.Module):
 class Depthwise(nn.Module):
     """A convolution of each channel by itself, without bias, `[B, H, W, K]` to the same channels.
 
-    XLA has no fast kernel for it on a CPU. There a sum of shifted images, which is elementwise and
-    fused, is 14 to 46 times as fast (`python -m experiments.microbenchmarks depthwise`).
+    XLA has no fast kernel for it on a CPU, where a sum of shifted images, which is elementwise and
+    fused, is 14 to 46 times faster (`python -m experiments.microbenchmarks depthwise`).
 
     Attributes:
       size: of the kernel, odd; the padding keeps the image's size.
@@ -96,8 +97,8 @@ def convolution(
 ) -> nn.Conv:
     """A convolution to `width` channels with a kernel of `size` x `size`, odd.
 
-    It pads both sides alike, whatever the stride, as the published networks do: SAME would pad a
-    strided convolution on one side only.
+    Both sides are padded equally, as in PyTorch; `SAME` pads a strided convolution on one side
+    only.
     """
     return nn.Conv(
         width,
@@ -111,20 +112,31 @@ def convolution(
     )
 
 
+def drop_branch(x: Array, rate: float, train: bool) -> Array:
+    """Stochastic depth: in training, zeroes a residual branch `[B, ...]` of some samples.
+
+    What is left is divided by `1 - rate`, so the expected value does not change. Huang, Sun, Liu,
+    Sedra, Weinberger, *Deep networks with stochastic depth*, ECCV 2016,
+    https://arxiv.org/abs/1603.09382. To be called inside a compact module.
+    """
+    drop = nn.Dropout(rate, broadcast_dims=tuple(range(1, x.ndim)))
+    return drop(x, deterministic=not train)
+
+
 he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# By the inputs, so that networks without normalisation keep the size of what passes through them
-# where a layer is much wider than the one before.
+# Scaled by the inputs, so that activations without normalisation keep their size in a layer that is
+# much wider than the one before.
 he_in = nn.initializers.he_normal()
 
 
 def small_image(image: Sequence[int]) -> bool:
-    """Whether images `(height, width, channels)` are too small for a network of ImageNet's shape,
-    which shrinks them 32 times; such networks then leave out their first reductions."""
+    """Whether an image is too small to be shrunk 32 times, as networks for ImageNet do; they then
+    leave out their first reductions."""
     return min(image[:2]) < 64
 
 
 def shrink(x: Array) -> Array:
-    """3x3 max pooling with stride 2 and padding 1, as networks of ImageNet's shape begin."""
+    """3x3 max pooling with stride 2 and padding 1, as in the stems of networks for ImageNet."""
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
 
@@ -141,40 +153,41 @@ def halved(x: Array, least: int = 2) -> Array:
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, k).max((2, 4))
 
 
-def check_size(
-    image: Sequence[int],
-    least: int = 1,
-    network: str = "any network",
-    **sizes: float | Sequence[float],
-) -> None:
-    """Refuses what no network can be made of.
+def check_size(image: Sequence[int], least: int = 1, **sizes: float | Sequence[float]) -> None:
+    """Checks the sizes of a network.
 
     Args:
       image: `(height, width, channels)`.
-      least: pixels that the shorter side has at least.
-      network: what needs them, for the message.
-      **sizes: numbers, or a number for each of some parts, by the names of the arguments.
+      least: the smallest height and width, in pixels.
+      **sizes: a number, or a sequence of them, by the name of the argument.
 
     Raises:
-      ValueError: not three positive whole numbers, a side that is too short, a size that is not
-        positive, or no parts.
+      ValueError: if `image` is not three positive whole numbers, a side is shorter than `least`, a
+        size is not positive, or a sequence is empty.
     """
     shape = np.asarray(image)
     if shape.shape != (3,) or shape.dtype.kind not in "iu" or shape.min() < 1:
         raise ValueError(f"image {image}; give (height, width, channels), positive whole numbers.")
     for name, size in sizes.items():
-        # Not a number is not positive either.
+        # Written so that a NaN fails.
         if np.size(size) == 0 or not np.greater(size, 0).all():
-            wanted = "one or more positive numbers" if np.ndim(size) else "a positive number"
-            raise ValueError(f"{name} {size}; give {wanted}.")
+            expected = "one or more positive numbers" if np.ndim(size) else "a positive number"
+            raise ValueError(f"{name} {size}; give {expected}.")
     if min(image[:2]) < least:
         raise ValueError(
-            f"images of {image[0]}x{image[1]} for {network}; give at least {least}x{least}."
+            f"images of {image[0]}x{image[1]}; this network needs at least {least}x{least}."
         )
 
 
+def check_rate(**rates: float) -> None:
+    """Raises ValueError if a rate of dropout or stochastic depth is not in [0, 1)."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} of {rate}; give a rate from 0 to less than 1.")
+
+
 def check_patches(image: Sequence[int], patch: int) -> None:
-    """Refuses images `(height, width, channels)` that are not whole patches of `patch` pixels."""
+    """Raises ValueError if the sides of the image are not multiples of `patch`."""
     if image[0] % patch or image[1] % patch:
         raise ValueError(
             f"images of {image[0]}x{image[1]} for patches of {patch}x{patch}; give a multiple."

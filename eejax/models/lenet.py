@@ -49,24 +49,14 @@ def lenet(
 ) -> EarlyExitNetwork:
     """A LeNet, with exits after its first convolution, its second, or both.
 
-    The three linear layers are the last head.
+    The three linear layers are the last head; early heads are `Head(classes, Mixed())`.
 
     Args:
-      classes: C.
-      image: `(height, width, channels)`, at least 16x16.
+      image: at least 16x16.
       width: channels of the first convolution. The second has 8/3 as many (rounded down), and the
         linear layers 20 and 14 times as many: 16, 120 and 84 in a LeNet.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; `heads.Head(classes, Mixed(), gate)` without it.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters and heads stay float32.
-
-    Raises:
-      ValueError: images that are too small, a width that is not positive, or exits that do not
-        exist.
     """
-    network = "two 5x5 convolutions without padding, each pooled by two"
-    check_size(image, 16, network, width=width)
+    check_size(image, 16, width=width)
     blocks: list[nn.Module] = [Block(width, dtype), Block(8 * width // 3, dtype)]
     early = Head(classes, Mixed(), gate)
     last = Head(classes, Hidden((20 * width, 14 * width), Flat()), gate)

@@ -1,8 +1,7 @@
 """MobileNetV2: inverted residuals, which widen, filter each channel by itself, and narrow again.
 
 Sandler, Howard, Zhu, Zhmoginov, Chen, *MobileNetV2: inverted residuals and linear bottlenecks*,
-CVPR 2018, https://arxiv.org/abs/1801.04381. As in torchvision, without its dropout before the
-classifier: parameters and inference are the same.
+CVPR 2018, https://arxiv.org/abs/1801.04381, as in torchvision.
 """
 
 from __future__ import annotations
@@ -20,7 +19,15 @@ from eejax.backbone import cut
 from eejax.exits import Exits
 from eejax.models.family import Family, Published
 from eejax.models.heads import Head, Pooled
-from eejax.models.layers import Depthwise, Norm, check_size, convolution, small_image
+from eejax.models.layers import (
+    Depthwise,
+    Norm,
+    check_rate,
+    check_size,
+    convolution,
+    drop_branch,
+    small_image,
+)
 from eejax.network import EarlyExitNetwork
 
 
@@ -65,6 +72,7 @@ class InvertedResidual(nn.Module):
       size: of the depthwise filter.
       attention: `attention(x, train)`, a module applied to the wide features, or None.
       activation: of the two wide layers.
+      drop: the rate of stochastic depth, where there is a shortcut.
       dtype: of the arithmetic.
     """
 
@@ -74,6 +82,7 @@ class InvertedResidual(nn.Module):
     size: int = 3
     attention: nn.Module | None = None
     activation: Callable[[Array], Array] = nn.relu6
+    drop: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -89,7 +98,9 @@ class InvertedResidual(nn.Module):
             y = self.attention(y, train=train)
         narrow = ConvNorm(self.width, activation=None, dtype=self.dtype, name="project")
         y = narrow(y, train=train)
-        return x + y if self.stride == 1 and x.shape[-1] == self.width else y
+        if self.stride > 1 or x.shape[-1] != self.width:
+            return y
+        return x + drop_branch(y, self.drop, train)
 
 
 def mobilenet(
@@ -98,6 +109,7 @@ def mobilenet(
     image: Sequence[int] = (32, 32, 3),
     depth: float = 1.0,
     width: float = 1.0,
+    dropout: float = 0.0,
     exits: Exits = None,
     head: Callable[[int], nn.Module] | None = None,
     gate: str | None = None,
@@ -105,23 +117,18 @@ def mobilenet(
 ) -> EarlyExitNetwork:
     """A MobileNetV2, with exits after any of its blocks: stem, 17 inverted residuals, convolution.
 
-    Args:
-      classes: C.
-      image: `(height, width, channels)`. Of images under 64 pixels the stem and the first strided
-        block keep the size, so that these are halved three times and not five.
-      depth: a factor on the repeats of each block, rounded up; 1 in the paper.
-      width: a factor on the channels, which are rounded to multiples of 8. The last convolution's
-        1280 only grow by it.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; without it one that normalises and activates what it
-        pools, `heads.Pooled(norm=True)`, since the blocks end without an activation.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
+    Early heads are `Head(classes, Pooled(norm=True))`, since blocks end without an activation.
 
-    Raises:
-      ValueError: a factor that is not positive, images under 8 pixels, or exits that do not exist.
+    Args:
+      image: at least 8x8. Under 64 pixels the stem and the first strided block keep the size, so
+        that the image is halved three times instead of five.
+      depth: a factor on the repeats of each block, rounded up; 1 in the paper.
+      width: a factor on the channels, which are rounded to multiples of 8; the 1280 channels of the
+        last convolution never shrink.
+      dropout: before the last classifier; torchvision trains with 0.2.
     """
-    check_size(image, 8, "a network that halves them three times or more", depth=depth, width=width)
+    check_size(image, 8, depth=depth, width=width)
+    check_rate(dropout=dropout)
     small = small_image(image)
     blocks: list[nn.Module] = [
         ConvNorm(rounded(32 * width), 3, 1 if small else 2, dtype=dtype),
@@ -135,7 +142,8 @@ def mobilenet(
                 )
             )
     blocks.append(ConvNorm(rounded(1280 * max(width, 1.0)), dtype=dtype))
-    early, last = Head(classes, Pooled(norm=True), gate), Head(classes, gate=gate)
+    early = Head(classes, Pooled(norm=True), gate)
+    last = Head(classes, gate=gate, dropout=dropout)
     return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)
 
 
@@ -170,4 +178,5 @@ FAMILY = Family(
             "torchvision 0.28",
         ),
     ),
+    {"dropout": 0.2},
 )

@@ -24,12 +24,12 @@ from eejax.network import EarlyExitNetwork
 
 
 class FirstLayer(nn.Module):
-    """Images `[B, H, W, C]` to all scales, each made of the one before by a strided convolution.
+    """Images `[B, H, W, C]` to all scales; each is a strided convolution of the one before.
 
     Attributes:
       width: channels of the finest scale, before its factor.
-      factors: of each scale's channels.
-      small: a 3x3 convolution makes the finest scale, and not a strided 7x7 one with pooling.
+      factors: of the channels of each scale.
+      small: the finest scale comes from a 3x3 convolution, not a strided 7x7 one with pooling.
     """
 
     width: int
@@ -53,12 +53,12 @@ class FirstLayer(nn.Module):
 
 
 class Layer(nn.Module):
-    """Adds channels to each scale; the finest that comes in may not go out.
+    """Adds channels to each scale, and may drop the finest.
 
     Attributes:
-      growth: channels that the finest scale of all gains, before its factor.
-      factors: of every scale of the network, for what it gains and for its bottlenecks.
-      scales: how many go out, the coarsest.
+      growth: channels that the finest scale gains, before its factor.
+      factors: of every scale of the network, for its growth and its bottlenecks.
+      scales: the number of scales of the output, the coarsest ones.
     """
 
     growth: int
@@ -75,10 +75,10 @@ class Layer(nn.Module):
 
         out = []
         for i in range(self.scales):
-            at = i - self.scales  # from the coarsest, as scales are numbered in what comes in
+            at = i - self.scales  # counted from the coarsest, as the input may have one scale more
             x, factor, width = features[at], self.factors[at], self.growth * self.factors[at]
             name = f"layers_{i}_conv"
-            if len(features) + at == 0:  # there is none finer
+            if len(features) + at == 0:  # no finer scale
                 parts = [x, gain(x, width, factor, f"{name}_normal", 1)]
             else:
                 finer, half = self.factors[at - 1], width // 2
@@ -103,22 +103,18 @@ class Transition(nn.Module):
 
 
 class Step(NamedTuple):
-    """What one layer does to the scales.
-
-    Attributes:
-      scales: how many go out.
-      reduced: half of the channels are taken away after it.
-    """
+    """One layer: the number of scales that it puts out, and whether a transition halves the
+    channels after it."""
 
     scales: int
     reduced: bool
 
 
 def steps(depth: int, scales: int, prune: str) -> list[Step]:
-    """When scales are dropped, and channels reduced, in a network of so many layers and scales.
+    """The layers of a network with `depth` layers and `scales` scales.
 
     Raises:
-      ValueError: fewer layers than scales, or another `prune`.
+      ValueError: if there are fewer layers than scales, or `prune` is another string.
     """
     if depth < scales:
         raise ValueError(f"{depth} layers for {scales} scales; give at least as many layers.")
@@ -150,33 +146,26 @@ def msdnet(
 ) -> EarlyExitNetwork:
     """An MSDNet, with exits after any of its layers.
 
-    Without arguments it is the one for anytime prediction on CIFAR, with seven exits. That for
-    budgets on CIFAR has `depth=15, exits=(1, 3, 6, 10, 15)`. ImageNet's has `depth=20, width=32,
-    growth=16, factors=(1, 2, 4, 4), step=4`.
+    Without arguments it is the network for anytime prediction on CIFAR, with seven exits. That for
+    budgets on CIFAR has `depth=15, exits=(1, 3, 6, 10, 15)`, that for ImageNet `depth=20, width=32,
+    growth=16, factors=(1, 2, 4, 4), step=4`. All heads read the coarsest scale by `heads.Reduced`,
+    with 128 channels for images under 64 pixels.
 
     Args:
-      classes: C.
-      image: `(height, width, channels)`. Images under 64 pixels are not shrunk at the start: there
-        a 3x3 convolution stands for the strided 7x7 one and the pooling.
+      image: under 64 pixels, the first layer is a 3x3 convolution and keeps the size.
       depth: layers.
       width: channels of the finest scale at the start, before its factor.
       growth: channels that a layer adds to the finest scale, before its factor.
-      factors: one for each scale, the finest first: of its channels, of what it gains and of its
-        bottlenecks.
+      factors: of each scale, the finest first, for its channels, its growth and its bottlenecks.
       prune: `"max"` drops the finest scale at equal intervals, `"min"` only in the last layers,
-        where it could reach the classifier no more.
+        where it can no longer reach the classifier.
       base: layers before the first exit, where `exits` is None.
       step: layers from one exit to the next, where `exits` is None.
       exits: where, as `positions.blocks_of` takes them; None is after layer `base` and then every
         `step`, as published.
-      head: `head(e)` makes an early head; the published one without it, which reads the coarsest
-        scale by `heads.Reduced`, with 128 channels for small images.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
 
     Raises:
-      ValueError: a size that is not positive, no factors, fewer layers than scales, another
-        `prune`, or exits that do not exist.
+      ValueError: also if there are fewer layers than scales, or `prune` is another string.
     """
     factors = tuple(factors)
     sizes = {"depth": depth, "width": width, "growth": growth, "factors": factors}

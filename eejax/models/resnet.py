@@ -1,9 +1,10 @@
 """ResNet: for small images of depth 6n + 2, and for ImageNet with 18, 34 or 50 layers.
 
 He, Zhang, Ren, Sun, *Deep residual learning for image recognition*, CVPR 2016,
-https://arxiv.org/abs/1512.03385. The one for small images is that of section 4.2: shortcuts without
-parameters, every second pixel and zero channels where a group begins. In the one for ImageNet it is
-a 1x1 convolution, and a bottleneck block strides in its 3x3 convolution, as torchvision's do.
+https://arxiv.org/abs/1512.03385. For small images as in section 4.2: shortcuts have no parameters;
+where a group begins they take every second pixel and add channels of zeros. For ImageNet as in
+torchvision: there the shortcut is a 1x1 convolution, and a bottleneck strides in its 3x3
+convolution.
 """
 
 from __future__ import annotations
@@ -66,19 +67,11 @@ def resnet(
 ) -> EarlyExitNetwork:
     """A ResNet for small images, with exits after any of its 3n blocks.
 
+    All heads are `Head(classes)`.
+
     Args:
-      classes: C.
-      image: `(height, width, channels)`.
       depth: 6n + 2.
       width: channels of the first group; the next two have twice and four times as many.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; `heads.Head(classes, gate=gate)` without it.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
-
-    Raises:
-      ValueError: a depth that is not 6n + 2, a width that is not positive, or exits that do not
-        exist.
     """
     check_size(image, width=width)
     n, rest = divmod(depth - 2, 6)
@@ -110,7 +103,8 @@ class LargeStem(nn.Module):
 
 
 class ProjectedBlock(nn.Module):
-    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1, beside a shortcut that is projected if it must."""
+    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 in a bottleneck, beside a shortcut, which is
+    projected where the shape changes."""
 
     width: int
     stride: int = 1
@@ -147,19 +141,12 @@ def resnet_imagenet(
 ) -> EarlyExitNetwork:
     """The ResNet of ImageNet, with exits after any of its 8 (depth 18) or 16 blocks.
 
+    All heads are `Head(classes)`.
+
     Args:
-      classes: C.
-      image: `(height, width, channels)`. Images under 64 pixels are not shrunk at the start: there
-        a 3x3 convolution stands for the strided 7x7 one and the pooling.
+      image: under 64 pixels, the stem is one 3x3 convolution and keeps the size.
       depth: 18 or 34, of basic blocks, or 50, of bottlenecks.
       width: channels of the first group; each of the next three has twice as many.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; `heads.Head(classes, gate=gate)` without it.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
-
-    Raises:
-      ValueError: another depth, a width that is not positive, or exits that do not exist.
     """
     check_size(image, width=width)
     if depth not in GROUPS:

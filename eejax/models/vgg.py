@@ -18,14 +18,14 @@ from eejax.backbone import cut
 from eejax.exits import Exits
 from eejax.models.family import Family, Published
 from eejax.models.heads import Flat, Head, Hidden, Mixed, Pooled
-from eejax.models.layers import Norm, check_size, halved, he_in
+from eejax.models.layers import Norm, check_rate, check_size, halved, he_in
 from eejax.network import EarlyExitNetwork
 
 GROUPS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 
 
 class Block(nn.Module):
-    """A 3x3 convolution, normalised if asked for, ReLU; then pooling where a group ends."""
+    """A 3x3 convolution, with `norm` batch normalisation, ReLU, and with `pool` 2x2 pooling."""
 
     width: int
     pool: bool = False
@@ -53,6 +53,7 @@ def vgg(
     width: int = 64,
     norm: bool = True,
     hidden: int | None = None,
+    dropout: float = 0.0,
     exits: Exits = None,
     head: Callable[[int], nn.Module] | None = None,
     gate: str | None = None,
@@ -60,29 +61,23 @@ def vgg(
 ) -> EarlyExitNetwork:
     """A VGG, with exits after any of its 8, 10 or 13 convolutions.
 
-    A convolution and the pooling after it are one block. There is no dropout; parameters and
-    inference are the same with and without.
+    A convolution and the pooling after it are one block. Early heads are `Head(classes, Mixed())`.
 
     Args:
-      classes: C.
-      image: `(height, width, channels)`, at least 32x32.
+      image: at least 32x32; with `hidden`, 224x224 or a multiple.
       depth: 11, 13 or 16, the number of layers with `hidden` ones.
       width: channels of the first group; the others have 2, 4, 8 and 8 times as many.
       norm: batch normalisation after each convolution.
-      hidden: width of the two linear layers before the last one, which then read 7x7 features: 4096
-        for ImageNet. None for the last one alone, on the average over the image.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; `heads.Head(classes, Mixed(), gate)` without it.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
-
-    Raises:
-      ValueError: another depth, a width that is not positive, images that are too small or, with
-        `hidden`, not of a multiple of 224, or exits that do not exist.
+      hidden: width of two hidden layers on 7x7 features: 4096 for ImageNet. Without it the
+        classifier reads the average over the image.
+      dropout: after each hidden layer; 0.5 in the paper.
     """
     if depth not in GROUPS:
         raise ValueError(f"a VGG depth of {depth}; give {', '.join(map(str, GROUPS))}.")
-    check_size(image, 32, "a network that halves them five times", width=width)
+    check_size(image, 32, width=width)
+    check_rate(dropout=dropout)
+    if dropout and not hidden:
+        raise ValueError(f"dropout of {dropout} without hidden layers; give hidden=, or 0.")
     # Five halvings, each of which drops an odd row, leave a multiple of 7.
     if hidden and any(side // 32 % 7 for side in image[:2]):
         raise ValueError(
@@ -95,7 +90,8 @@ def vgg(
         for i in range(count)
     ]
     early = Head(classes, Mixed(), gate)
-    last = Head(classes, Hidden((hidden, hidden), Flat(7)) if hidden else Pooled(), gate)
+    reader = Hidden((hidden, hidden), Flat(7), dropout=dropout) if hidden else Pooled()
+    last = Head(classes, reader, gate)
     return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)
 
 
@@ -136,4 +132,5 @@ FAMILY = Family(
             )
         ),
     ),
+    {"hidden": 8, "image": (224, 224, 3), "dropout": 0.5},
 )

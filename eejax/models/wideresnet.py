@@ -16,7 +16,7 @@ from eejax.backbone import Chain, cut
 from eejax.exits import Exits
 from eejax.models.family import Family, Published
 from eejax.models.heads import Head, Pooled
-from eejax.models.layers import Norm, check_size, convolution
+from eejax.models.layers import Norm, check_rate, check_size, convolution
 from eejax.network import EarlyExitNetwork
 
 
@@ -34,12 +34,13 @@ class Stem(nn.Module):
 class Block(nn.Module):
     """Normalisation, ReLU and a 3x3 convolution, twice, beside a shortcut.
 
-    Where the number of channels changes, the shortcut is a 1x1 convolution of what is normalised
-    first.
+    Where the number of channels changes, the shortcut is a 1x1 convolution after the first
+    normalisation. Dropout acts before the second convolution.
     """
 
     width: int
     stride: int = 1
+    dropout: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -49,6 +50,7 @@ class Block(nn.Module):
             x = convolution(self.width, 1, self.stride, self.dtype, "shortcut")(y)
         y = convolution(self.width, 3, self.stride, self.dtype, "conv1")(y)
         y = nn.relu(Norm(dtype=self.dtype, name="bn2")(y, train=train))
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return x + convolution(self.width, 3, 1, self.dtype, "conv2")(y)
 
 
@@ -58,6 +60,7 @@ def wideresnet(
     image: Sequence[int] = (32, 32, 3),
     depth: int = 28,
     width: int = 10,
+    dropout: float = 0.0,
     exits: Exits = None,
     head: Callable[[int], nn.Module] | None = None,
     gate: str | None = None,
@@ -65,29 +68,20 @@ def wideresnet(
 ) -> EarlyExitNetwork:
     """A wide ResNet, WRN-depth-width, with exits after any of its 3n blocks.
 
-    There is no dropout; parameters and inference are the same with and without.
+    All heads are `Head(classes, Pooled(norm=True))`.
 
     Args:
-      classes: C.
-      image: `(height, width, channels)`.
       depth: 6n + 4.
-      width: the factor, of 16 channels in the first group, 32 and 64 in the next two.
-      exits: where, as `positions.blocks_of` takes them.
-      head: `head(e)` makes an early head; `heads.Head(classes, Pooled(norm=True), gate)` without,
-        as the last one is.
-      gate: what the gates of the heads read: `"features"`, `"uncertainty"`, or None for no gate.
-      dtype: of the backbone's arithmetic; parameters, statistics and heads stay float32.
-
-    Raises:
-      ValueError: a depth that is not 6n + 4, a width that is not positive, or exits that do not
-        exist.
+      width: a factor on the 16, 32 and 64 channels of the three groups.
+      dropout: in each block, between its convolutions; 0.3 in the paper, where it helps.
     """
     check_size(image, width=width)
+    check_rate(dropout=dropout)
     n, rest = divmod(depth - 4, 6)
     if rest or n < 1:
         raise ValueError(f"a wide ResNet's depth of {depth}; give 6n + 4: 10, 16, 22, 28, 40 ...")
     blocks: list[nn.Module] = [
-        Block(16 * width << group, 2 if group and not i else 1, dtype)
+        Block(16 * width << group, 2 if group and not i else 1, dropout, dtype)
         for group in range(3)
         for i in range(n)
     ]
@@ -114,4 +108,5 @@ FAMILY = Family(
             (28, 10, 36_479_194, 5.243e9),
         )
     ),
+    {"dropout": 0.3},
 )

@@ -1,14 +1,14 @@
-"""Weights that somebody already has, from a PyTorch network of the same architecture.
+"""Loads the weights of a PyTorch network into one of the same architecture.
 
-What is read is a `.safetensors` file or a dict of NumPy arrays, and never a pickle. Where the other
-network keeps what ours holds is a table of `names`.
+The source is a `.safetensors` file or a dict of NumPy arrays, never a pickle. The names of its
+arrays come from a table of `names`.
 
     network = resnet_imagenet(1000, image=(224, 224, 3), depth=50, exits=(0.25, 0.5, 0.75))
     variables = jax.jit(network.init)(jax.random.key(0), images[:1])
     variables = convert.load(variables, "resnet50.safetensors", names.torchvision_resnet(50))
 
-The early heads keep what they have. In the process that has PyTorch, a file is made by
-`safetensors.torch.save_file(model.state_dict(), "resnet50.safetensors")`.
+The early heads keep their values. In a process with PyTorch,
+`safetensors.torch.save_file(model.state_dict(), "resnet50.safetensors")` writes the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from eejax.network import Variables
 from eejax.pretrained.names import Names
 
 KeyPath = tuple[Any, ...]
-_PARALLEL = "module."
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
@@ -38,40 +37,38 @@ def load(
     *,
     classifier: bool = True,
 ) -> Variables:
-    """The network's variables with the weights of `source` in the backbone and the last head.
+    """Puts the weights of `source` into the backbone and the last head.
 
     Args:
-      variables: as `network.init` gives, of a network cut by `adapters.cut`, anywhere.
-      source: a `.safetensors` file, or arrays by name, as `state_dict()` has them. Of `module.`
-        before every name, which PyTorch's DataParallel leaves there, nothing is read.
-      names: what is called what there.
-      classifier: take the last head too; without it it stays as it is, for other classes.
+      variables: of a network of `eejax.models`, with any exits.
+      source: a `.safetensors` file, or arrays by the names of a `state_dict()`. A leading `module.`
+        (from PyTorch's DataParallel) is stripped. Arrays of integers are ignored.
+      names: the table of the source.
+      classifier: whether the last head is loaded too; with another number of classes it cannot be.
 
     Returns:
-      The same tree of JAX arrays; the dtypes stay those of `variables`.
+      The same tree of JAX arrays, in the dtypes of `variables`.
 
     Raises:
-      ValueError: a name that is not there, a shape that does not fit, or weights that are there and
-        have no place here. Nothing is taken by halves. Arrays of integers, counters and tables of
-        positions, are no weights: those without a place are passed over.
-      OSError: the file cannot be read.
+      ValueError: if a weight is missing or left over, or a shape does not fit.
+      OSError: if the file cannot be read.
     """
     arrays = dict(source) if isinstance(source, Mapping) else read(source)
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    if all(name.startswith(_PARALLEL) for name in arrays):
-        arrays = {name.removeprefix(_PARALLEL): array for name, array in arrays.items()}
+    if all(name.startswith("module.") for name in arrays):
+        arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
     arrays = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
-    of = parameter_names(variables, names)
-    wanted = {path: name for path, name in of.items() if classifier or not _is_head(path)}
-    missing = sorted(set(wanted.values()) - set(arrays))
-    left = sorted(set(arrays) - set(of.values()))
-    if missing or left:
-        found = [
-            f"{len(each)} {what} ({', '.join(each[:3])}{', ...' if len(each) > 3 else ''})"
-            for each, what in ((missing, "not there"), (left, "with no place here"))
-            if each
+    known = parameter_names(variables, names)
+    loaded = {path: name for path, name in known.items() if classifier or not _is_head(path)}
+    missing = sorted(set(loaded.values()) - set(arrays))
+    left_over = sorted(set(arrays) - set(known.values()))
+    if missing or left_over:
+        problems = [
+            f"{len(some)} {what} ({', '.join(some[:3])}{', ...' if len(some) > 3 else ''})"
+            for some, what in ((missing, "not there"), (left_over, "with no place here"))
+            if some
         ]
-        prefix = _prefix(arrays, set(of.values()), set(wanted.values()))
+        prefix = _prefix(arrays, set(known.values()), set(loaded.values()))
         if prefix:
             raise ValueError(
                 f"weights with {prefix!r} before every name, without which they would fit; give "
@@ -79,14 +76,14 @@ def load(
                 "where arrays = convert.read(path) for a file."
             )
         raise ValueError(
-            f"weights of another network: {'; '.join(found)}. Make the network with the depth and "
-            "options that they were trained with."
+            f"weights of another network: {'; '.join(problems)}. Make the network with the depth "
+            "and options that they were trained with."
         )
 
     def take(path: KeyPath, ours: Any) -> Any:
-        if path not in wanted:
+        if path not in loaded:
             return jnp.asarray(ours)
-        theirs = _in_our_order(arrays[wanted[path]], path)
+        theirs = _in_our_order(arrays[loaded[path]], path)
         if theirs.shape != ours.shape:
             hint = ""
             if _is_head(path):
@@ -94,7 +91,7 @@ def load(
             elif path[-1].key == "pos_embed":
                 hint = "; make the network for the image size that it was trained on"
             raise ValueError(
-                f"{wanted[path]}: {theirs.shape} there and {tuple(ours.shape)} here, in our order "
+                f"{loaded[path]}: {theirs.shape} there and {tuple(ours.shape)} here, in our order "
                 f"of axes{hint}."
             )
         return jnp.asarray(theirs.astype(ours.dtype))
@@ -106,9 +103,9 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a `.safetensors` file by name.
 
     Raises:
-      ValueError: a file of another kind. A `.pt`, `.pth` or `.bin` file is a pickle, which can run
-        any code when it is read.
-      OSError: it cannot be read.
+      ValueError: if the file is of another kind. A `.pt`, `.pth` or `.bin` file is a pickle, which
+        can run any code when it is read.
+      OSError: if it cannot be read.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -123,10 +120,10 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def parameter_names(variables: Variables, names: Names) -> dict[KeyPath, str]:
-    """For each of our leaves, by its path in `variables`, the name that it has in the source.
+    """The name in the source of each leaf of `variables`, by its path.
 
     Raises:
-      ValueError: the network has another number of blocks than the table.
+      ValueError: if the network and the table have different numbers of blocks.
     """
     blocks = _blocks(variables["params"]["stages"], (jax.tree_util.DictKey("stages"),))
     if len(blocks) != len(names.blocks):
@@ -136,7 +133,7 @@ def parameter_names(variables: Variables, names: Names) -> dict[KeyPath, str]:
         )
     prefixes = dict(zip(blocks, names.blocks, strict=True))
     heads = len(variables["params"]["heads"])
-    found = {}
+    result = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(variables):
         inside = path[1:]
         if _is_head(path):
@@ -151,23 +148,23 @@ def parameter_names(variables: Variables, names: Names) -> dict[KeyPath, str]:
         name = ".".join([*([prefix] if prefix else []), *_words(inside[size:])])
         for pattern, replacement in names.rename:
             name = re.sub(pattern, replacement, name)
-        found[path] = name
-    return found
+        result[path] = name
+    return result
 
 
-def _prefix(arrays: Mapping[str, Any], places: set[str], wanted: set[str]) -> str:
-    """What stands before every name, if without it they would fit; else nothing."""
+def _prefix(arrays: Mapping[str, Any], known: set[str], loaded: set[str]) -> str:
+    """A common prefix of all names without which they would fit, or an empty string."""
     parts = next(iter(arrays), "").split(".")
     for i in range(1, len(parts)):
         prefix = ".".join(parts[:i]) + "."
         inside = {name.removeprefix(prefix) for name in arrays if name.startswith(prefix)}
-        if len(inside) == len(arrays) and wanted <= inside <= places:
+        if len(inside) == len(arrays) and loaded <= inside <= known:
             return prefix
     return ""
 
 
 def _blocks(tree: Any, path: KeyPath) -> list[KeyPath]:
-    """The path of each block, in order. Chains, nested or not, are what holds blocks."""
+    """The path of each block, in order, out of chains, nested or not."""
     if isinstance(tree, tuple):
         children = [(jax.tree_util.SequenceKey(i), child) for i, child in enumerate(tree)]
     elif tree and all(re.fullmatch(r"blocks_\d+", key) for key in tree):
@@ -175,7 +172,7 @@ def _blocks(tree: Any, path: KeyPath) -> list[KeyPath]:
         children = [(jax.tree_util.DictKey(key), tree[key]) for key in keys]
     else:
         return [path]
-    return [found for key, child in children for found in _blocks(child, (*path, key))]
+    return [block for key, child in children for block in _blocks(child, (*path, key))]
 
 
 def _is_head(path: KeyPath) -> bool:
@@ -189,7 +186,7 @@ def _words(path: KeyPath) -> list[str]:
 
 
 def _in_our_order(theirs: np.ndarray, path: KeyPath) -> np.ndarray:
-    """PyTorch has the outputs first; convolutions `[O, I, H, W]`, ours are `[H, W, I, O]`."""
+    """PyTorch's kernels are `[O, I]` and `[O, I, H, W]`, ours `[I, O]` and `[H, W, I, O]`."""
     if path[-1].key != "kernel":
         return theirs
     return theirs.transpose(2, 3, 1, 0) if theirs.ndim == 4 else theirs.T

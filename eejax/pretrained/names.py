@@ -1,31 +1,34 @@
-"""Where PyTorch networks keep what those of `eejax.models` hold: a table for each source.
+"""The names of parameters in PyTorch networks: a table for each source, for `convert.load`.
 
-A function is called after whose network it is and the family that it is for; `convert.load` reads
-by it.
+A function is named after the source and the family of `eejax.models` that it is for.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from eejax.models import efficientnet, msdnet, resnet, vgg
+# Blocks of each group, by depth.
+_RESNET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+_VGG = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
+_EFFICIENTNET = (1, 2, 2, 3, 3, 4, 1)  # at depth 1
 
 
 class Names(NamedTuple):
-    """Where a PyTorch network keeps what ours holds.
+    """The names of a PyTorch network's parameters and statistics.
 
-    Ours are first called by PyTorch's fashion, kernel and scale `weight`, statistics `running_mean`
-    and `running_var`, with the modules they are in before it: `layer1.0.conv1.weight` in a block of
-    the prefix `layer1.0`, `head.classifier.weight` in the last head, `exit.0.classifier.weight` in
-    the first early one. Then `rename` is applied.
+    A leaf of ours first gets a name in PyTorch's style: kernel and scale become `weight`, the
+    statistics `running_mean` and `running_var`, after the names of the modules around them. In a
+    block with the prefix `layer1.0` that is `layer1.0.conv1.weight`, in the last head
+    `head.classifier.weight`, in the first early head `exit.0.classifier.weight`. Then `rename` is
+    applied.
 
     Attributes:
       blocks: the prefix of each block of the backbone, in order; `""` for none.
       rename: `(pattern, replacement)`, applied in order to the whole name by `re.sub`.
-      exits: the source has early heads too; else ours are left as they are.
+      exits: whether the source has early heads too; otherwise ours keep their values.
     """
 
     blocks: Sequence[str]
@@ -35,9 +38,8 @@ class Names(NamedTuple):
 
 def torchvision_resnet(depth: int) -> Names:
     """torchvision's `resnet18`, `34`, `50` for `resnet_imagenet` of that depth."""
-    if depth not in resnet.GROUPS:
-        raise ValueError(f"a ResNet of depth {depth}; give {', '.join(map(str, resnet.GROUPS))}.")
-    blocks = [f"layer{g}.{i}" for g, n in enumerate(resnet.GROUPS[depth], 1) for i in range(n)]
+    groups = _groups(_RESNET, depth)
+    blocks = [f"layer{g}.{i}" for g, n in enumerate(groups, 1) for i in range(n)]
     return Names(
         ("", *blocks),
         ((r"downsample_(\d)", r"downsample.\1"), (r"^head\.classifier", "fc")),
@@ -65,7 +67,7 @@ def torchvision_mobilenet() -> Names:
         [f"features.{i}" for i in range(19)],
         (
             *_CONV_NORM,
-            # The first block has no layer that widens.
+            # The first block does not expand.
             (r"^features\.1\.depthwise", "features.1.conv.0"),
             (r"^features\.1\.project\.0", "features.1.conv.1"),
             (r"^features\.1\.project\.1", "features.1.conv.2"),
@@ -80,13 +82,13 @@ def torchvision_mobilenet() -> Names:
 
 def torchvision_efficientnet(depth: float = 1.0) -> Names:
     """torchvision's `efficientnet_b0` to `b4`, for `efficientnet` of that factor on the depth."""
-    counts = [math.ceil(repeats * depth) for _, _, repeats, _, _ in efficientnet.GROUPS]
+    counts = [math.ceil(repeats * depth) for repeats in _EFFICIENTNET]
     blocks = [f"features.{g}.{i}" for g, n in enumerate(counts, 1) for i in range(n)]
     return Names(
         ("features.0", *blocks, "features.8"),
         (
             *_CONV_NORM,
-            # The first group has no layer that widens.
+            # The first group does not expand.
             (r"^(features\.1\.\d+)\.depthwise", r"\1.block.0"),
             (r"^(features\.1\.\d+)\.attention", r"\1.block.1"),
             (r"^(features\.1\.\d+)\.project", r"\1.block.2"),
@@ -99,7 +101,7 @@ def torchvision_efficientnet(depth: float = 1.0) -> Names:
     )
 
 
-# A convolution and its norm, which torchvision has in a `Sequential`.
+# torchvision keeps a convolution and its norm in a `Sequential`.
 _CONV_NORM = ((r"\.conv\.", ".0."), (r"\.bn\.", ".1."))
 
 
@@ -177,17 +179,21 @@ def torchvision_vgg(depth: int, norm: bool = True) -> Names:
 
 
 def _vgg(depth: int, norm: bool) -> tuple[list[str], list[tuple[str, str]]]:
-    """What both keep in one list, `features`: convolutions, norms, ReLUs and pooling by number."""
-    if depth not in vgg.GROUPS:
-        raise ValueError(f"a VGG of depth {depth}; give {', '.join(map(str, vgg.GROUPS))}.")
+    """Both sources keep one list, `features`, of convolutions, norms, ReLUs and pooling."""
     blocks, place = [], 0
-    for count in vgg.GROUPS[depth]:
+    for count in _groups(_VGG, depth):
         for _ in range(count):
             blocks.append(f"features.{place}/{place + 1}")
             place += 3 if norm else 2
         place += 1
     of_block = r"^features\.(\d+)/(\d+)"
     return blocks, [(of_block + r"\.conv", r"features.\1"), (of_block + r"\.bn", r"features.\2")]
+
+
+def _groups(table: Mapping[int, tuple[int, ...]], depth: int) -> tuple[int, ...]:
+    if depth not in table:
+        raise ValueError(f"a depth of {depth}; give {', '.join(map(str, table))}.")
+    return table[depth]
 
 
 def xternalz_wideresnet(depth: int) -> Names:
@@ -204,16 +210,20 @@ def xternalz_wideresnet(depth: int) -> Names:
 
 
 def kalviny_msdnet(exits: Sequence[int], *, scales: int = 3, prune: str = "max") -> Names:
-    """`MSDNet` of kalviny/MSDNet-PyTorch, all its exits with it, for `msdnet` of these exits.
+    """`MSDNet` of kalviny/MSDNet-PyTorch with all its exits, for `msdnet` of these exits.
 
     Args:
       exits: as for `msdnet`, block numbers with the last: `(4, 6, 8, 10, 12, 14, 16)`.
-      scales: how many.
+      scales: their number.
       prune: as for `msdnet`.
     """
-    plan, blocks = msdnet.steps(exits[-1], scales, prune), []
+    depth, blocks = exits[-1], []
+    # The layers, 0-based, that a transition follows.
+    interval = -(-depth // scales)
+    thirds = depth // 3 - 1, 2 * depth // 3 - 1
+    reduced = range(interval, depth, interval) if prune == "max" else thirds
     for e, (start, stop) in enumerate(itertools.pairwise((0, *exits))):
-        count = (stop - start) + sum(step.reduced for step in plan[start:stop]) + (start == 0)
+        count = (stop - start) + sum(start <= i < stop for i in reduced) + (start == 0)
         blocks += [f"blocks.{e}.{i}" for i in range(count)]
     return Names(
         blocks,
