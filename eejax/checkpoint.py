@@ -1,4 +1,4 @@
-"""Checkpoints: the only file that imports Orbax."""
+"""Checkpoints of training, written by Orbax, which no other file imports."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ from eejax.network import PyTree
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is not there or cannot be read; the message says which and why."""
+    """No checkpoint can be read; the message tells which and why."""
 
 
 @contextlib.contextmanager
 def _manager(directory: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Orbax's manager, and its remarks on how it goes about it kept from the terminal."""
+    """Orbax's manager, with its log messages kept from the terminal."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, enable_async_checkpointing=False
     )
     log = logging.getLogger("absl")
-    before = log.level
+    level = log.level
     log.setLevel(logging.ERROR)
     try:
         with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
             yield manager
     finally:
-        log.setLevel(before)
+        log.setLevel(level)
 
 
 def save(directory: Path, step: int, state: PyTree, *, keep: int = 2) -> None:
-    """Writes `state` under `directory/step`, all or nothing, and keeps the newest `keep`.
+    """Writes a checkpoint under `directory/step`, all or nothing.
 
-    A checkpoint of the same step that is there already is left alone.
+    Args:
+      directory: of the run's checkpoints; created.
+      step: the number of steps taken. An existing checkpoint of this step is not overwritten.
+      state: a pytree of arrays.
+      keep: how many of the newest checkpoints stay.
     """
     with _manager(directory, keep) as manager:
         if step not in manager.all_steps():
@@ -45,7 +49,7 @@ def save(directory: Path, step: int, state: PyTree, *, keep: int = 2) -> None:
 
 
 def steps(directory: Path) -> list[int]:
-    """The steps that have a checkpoint, oldest first; none where there is no directory."""
+    """The steps that have a checkpoint, in order; empty if there is no such directory."""
     if not directory.is_dir():
         return []
     with _manager(directory, 2) as manager:
@@ -55,29 +59,30 @@ def steps(directory: Path) -> list[int]:
 def restore(
     directory: Path, like: PyTree, report: Callable[[str], Any] = print
 ) -> tuple[int, PyTree]:
-    """The newest checkpoint that can be read.
+    """Reads the newest checkpoint that is not damaged.
 
     Args:
       directory: as for `save`.
-      like: a state of the same structure, shapes and dtypes; its arrays' placement is used.
-      report: told of each checkpoint that is damaged and passed over.
+      like: a state with the same structure, shapes and dtypes, or these alone. The restored arrays
+        are placed on its devices.
+      report: called with a message for each damaged checkpoint.
 
     Returns:
-      The step, and the state.
+      The step and the state.
 
     Raises:
-      CheckpointError: there is none, or none of them can be read.
+      CheckpointError: if there is no checkpoint, or none can be read.
     """
-    found = steps(directory)
-    if not found:
+    saved = steps(directory)
+    if not saved:
         raise CheckpointError(f"no checkpoint in {directory}")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    for step in reversed(found):
+    for step in reversed(saved):
         with _manager(directory, 2) as manager:
             try:
                 return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            # Orbax, TensorStore and JSON each raise their own kinds for a file cut short.
+            # Orbax, TensorStore and JSON raise different exceptions for a truncated file.
             except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 report(f"checkpoint {step} in {directory} cannot be read: {reason[0][:200]}")
-    raise CheckpointError(f"none of the checkpoints {found} in {directory} can be read")
+    raise CheckpointError(f"none of the checkpoints {saved} in {directory} can be read")

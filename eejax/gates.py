@@ -1,13 +1,19 @@
-"""Soft exits: gates as a distribution over exits, and what a network mixed by it says and costs.
+"""Soft gates: a distribution over exits, and the prediction and cost of the network it mixes.
 
-Scardapane, Comminiello, Scarpiniti, Baccarelli, Uncini, *Differentiable branching in deep networks
-for fast inference*, ICASSP 2020. The paper mixes from the last exit backwards,
+The prediction is mixed from the last exit backwards,
 
-    f_e = g_e p_e + (1 - g_e) f_{e+1},    f_E = p_E,    g_e = sigmoid(gate_e),
+    f_e = g_e p_e + (1 - g_e) f_{e+1},    f_E = p_E,    g_e = sigmoid(gate_e).
 
-which is the expectation `f_1 = sum_e pi_e p_e` over `pi_e = g_e prod_{j<e} (1 - g_j)`, with the
-last exit taking what is left. Everything here works with `log pi`, so that gates far from zero
-neither vanish nor overflow.
+That is the expectation `f_1 = sum_e pi_e p_e` over the exit distribution
+
+    pi_e = g_e prod_{j<e} (1 - g_j),    pi_E = prod_{j<E} (1 - g_j).
+
+All functions work with `log pi`, so gates far from zero neither vanish nor overflow. Scardapane,
+Comminiello, Scarpiniti, Baccarelli, Uncini, *Differentiable branching in deep networks for fast
+inference*, ICASSP 2020,
+https://sigport.org/documents/differentiable-branching-deep-networks-fast-inference. PonderNet
+halts by the same distribution: Banino, Balaguer, Blundell, *PonderNet: learning to ponder*, 2021,
+https://arxiv.org/abs/2107.05407.
 """
 
 from __future__ import annotations
@@ -23,24 +29,25 @@ from jax.typing import ArrayLike
 
 
 def log_exit_distribution(gates: Array) -> Array:
-    """`log pi`, the log-probability of leaving at each exit.
+    """Computes `log pi`, the log-probability of leaving at each exit.
 
     Args:
-      gates: `[E, B]` gate logits; the last exit's is not read, it takes all that is left.
+      gates: `[E, B]` gate logits. The last exit's is not read: it takes the probability that the
+        others leave.
 
     Returns:
       `[E, B]` float32.
     """
     chex.assert_rank(gates, 2)
     gates = gates.astype(jnp.float32)[:-1]
-    go_on = jnp.cumsum(jax.nn.log_sigmoid(-gates), axis=0)  # log prod_{j<=e} (1 - g_j)
-    certain = jnp.zeros((1, gates.shape[1]), jnp.float32)  # log 1
-    reach = jnp.concatenate([certain, go_on])
-    return reach + jnp.concatenate([jax.nn.log_sigmoid(gates), certain])
+    log_one = jnp.zeros((1, gates.shape[1]), jnp.float32)
+    log_not = jnp.cumsum(jax.nn.log_sigmoid(-gates), axis=0)  # log prod_{j<=e} (1 - g_j)
+    log_reached = jnp.concatenate([log_one, log_not])
+    return log_reached + jnp.concatenate([jax.nn.log_sigmoid(gates), log_one])
 
 
 def mixed_log_probabilities(logits: Array, gates: Array) -> Array:
-    """`log f_1 = logsumexp_e (log pi_e + log p_e)`: the soft network's answer.
+    """Computes `log f_1 = logsumexp_e (log pi_e + log p_e)`, the mixed prediction.
 
     Args:
       logits: `[E, B, C]`.
@@ -55,12 +62,18 @@ def mixed_log_probabilities(logits: Array, gates: Array) -> Array:
 
 
 def expected_cost(gates: Array, cumulative_cost: Array | np.ndarray) -> Array:
-    """`sum_e pi_e c_e`, `[B]`; its recursion `c_e = g_e c_e + (1 - g_e) c_{e+1}` is our reading of
-    the paper's cost term.
+    """Computes `sum_e pi_e c_e`, the expected cost of each sample.
+
+    It solves the recursion `C_e = g_e c_e + (1 - g_e) C_{e+1}`, which is our reading of the paper's
+    regulariser.
 
     Args:
       gates: `[E, B]`.
-      cumulative_cost: `[E]`, the cost of leaving at each exit as a fraction of the whole network.
+      cumulative_cost: `[E]`, the cost `c_e` of leaving at each exit as a fraction of the whole
+        network.
+
+    Returns:
+      `[B]` float32.
     """
     chex.assert_rank([gates, cumulative_cost], [2, 1])
     pi = jnp.exp(log_exit_distribution(gates))
@@ -68,15 +81,15 @@ def expected_cost(gates: Array, cumulative_cost: Array | np.ndarray) -> Array:
 
 
 def mean_exit_distribution(gates: Array) -> Array:
-    """The mean probability of leaving at each exit, `[E]`, from gates `[E, B]`."""
+    """Averages `pi` over the batch: `[E]` float32 from gates `[E, B]`."""
     return jnp.exp(log_exit_distribution(gates)).mean(1)
 
 
 def normalised_entropy(distribution: ArrayLike) -> Array:
-    """Entropy of a distribution over E exits divided by `log E`, in [0, 1]; 0 for E = 1.
+    """Computes the entropy of a distribution `[E]` divided by `log E`: in [0, 1], 0 for E = 1.
 
-    Of a mean exit distribution it shows whether the gates have collapsed: near 0 all samples leave
-    at one exit, and the other heads hardly learn through the gates.
+    The entropy of a mean exit distribution tells whether the gates have collapsed: near 0 all
+    samples leave at one exit, and the other heads learn almost nothing through the gates.
     """
     p = jnp.asarray(distribution, jnp.float32)
     chex.assert_rank(p, 1)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and a damaged one is passed over."""
+"""Checkpoints: whole or not there; a damaged one is reported and skipped."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +32,11 @@ def test_a_damaged_newest_one_is_reported_and_the_one_before_is_used(tmp_path):
     for path in (tmp_path / "2").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    said = []
-    step, restored = checkpoint.restore(tmp_path, state(0.0), said.append)
+    messages = []
+    step, restored = checkpoint.restore(tmp_path, state(0.0), messages.append)
     assert (step, float(restored.opt_state[0])) == (1, 1.0)
-    assert len(said) == 1
-    assert "checkpoint 2" in said[0]
+    assert len(messages) == 1
+    assert "checkpoint 2" in messages[0]
 
 
 def test_none_at_all_says_so(tmp_path):

@@ -1,4 +1,4 @@
-"""Soft exits, against the paper's recursion in a plain loop in float64."""
+"""Soft gates, against the paper's recursion in a plain loop in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that training changes."""
+"""The state of a training run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from eejax.network import EarlyExitNetwork, PyTree, Variables
 
 
 class TrainState(NamedTuple):
-    """All that training changes.
+    """What a training step changes: a pytree of arrays, which a checkpoint holds as it is.
 
     Attributes:
-      step: int32, steps taken.
-      params: as in the network's variables.
-      batch_stats: as in the network's variables.
-      opt_state: optax's.
+      step: int32 `[]`, the number of steps taken.
+      params: of the network.
+      batch_stats: running statistics of the network.
+      opt_state: of the optimiser, in the current phase.
     """
 
     step: Array
@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> Variables:
-        """What `EarlyExitNetwork` takes."""
+        """The variables that `EarlyExitNetwork` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -39,7 +39,14 @@ def init_state(
     key: Array,
     images: Array,
 ) -> TrainState:
-    """A fresh state; of `images` `[B, ...]` only the shape counts."""
+    """Initialises a state.
+
+    Args:
+      network: E exits.
+      optimiser: of any number of steps; the state does not depend on the schedule.
+      key: of the initial parameters.
+      images: `[B, ...]`, of which only shape and dtype count.
+    """
 
     def build(key: Array, images: Array) -> TrainState:
         variables = network.init(key, images)
