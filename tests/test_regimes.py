@@ -383,3 +383,21 @@ def test_the_network_draws_by_the_steps_number_and_not_what_augmentation_draws()
     assert not set(values) & set(drawn)
     resumed = START[NETWORK]._replace(step=jnp.int32(3))
     assert float(take(train_steps, 3, 1, resumed)[1].loss) == values[3]
+
+
+class Dropped(nn.Module):
+    """A block with dropout."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dropout(0.5, deterministic=not train)(Block()(x, train=train))
+
+
+def test_dropout_draws_anew_in_each_step():
+    network = cut([Dropped(), Dropped()], (1,), lambda e: Head(CLASSES))
+    (phase,) = REGIMES["joint"].phases(RegimeOptions(jnp.ones(2), 0.0, jnp.ones(2)))
+    tx = optax.sgd(0.1)
+    step = jax.jit(training.make_train_step(network, tx, phase, classes=CLASSES))
+    state = training.init_state(network, tx, KEY, IMAGES[:1])
+    losses = [float(step(state, IMAGES, LABELS, jax.random.key(i))[1].loss) for i in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]

@@ -19,7 +19,6 @@ from rich.console import Console
 
 from eejax.network import Variables
 from eejax.trace import Trace, collect, fingerprints, read_trace, save_trace
-from eejax.training import REGIMES
 from experiments.command_line import to_json
 from experiments.compare.config import Comparison, DriftConfig
 from experiments.data import splits
@@ -28,15 +27,13 @@ from experiments.data.config import DataConfig
 from experiments.data.corruptions import corrupt
 from experiments.train import loop
 from experiments.train import trained as training
-from experiments.train.config import NetworkConfig, TrainConfig, narrowed
+from experiments.train.config import PLAIN_REGIME, NetworkConfig, TrainConfig, narrowed
 from experiments.train.trained import TrainRun
 
 FORMAT = 1  # raise it when the content of a cell changes, so that older ones are made anew
 
 DONE = "trained.json"
 PLAIN = "plain network"
-# A single exit has nothing to gate: the first regime that trains no gate is ordinary training.
-PLAIN_REGIME = next(name for name, regime in REGIMES.items() if not regime.trains_gate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Cell:
     """A network to train with a seed.
 
     Attributes:
-      name: of the network, the same for all seeds: "joint", "plain network", "width 0.5", ...
+      name: of the network, the same for all seeds: "soft_mixture", "plain network", ...
       kind: "regime" for early exits, "static" for a plain network.
       seed: of parameters, order and augmentation.
       data: images.

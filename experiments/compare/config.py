@@ -12,9 +12,8 @@ from experiments.cifar.config import Config
 from experiments.cifar.config import check as check_run
 from experiments.data.config import DataConfig
 from experiments.evaluate.config import PolicyName
-from experiments.train.config import NetworkConfig, TrainConfig
+from experiments.train.config import PLAIN_REGIME, NetworkConfig, RegimeName, TrainConfig
 
-Regime = Literal["joint", "soft_literal", "soft_auxiliary", "soft_mixture"]
 Loss = Literal["disagreement", "error"]
 Method = Literal["crc", "betting", "hoeffding_bentkus"]
 
@@ -108,7 +107,7 @@ class Comparison:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each trains every network anew, and divides the held-out images anew."""
-    regimes: tuple[Regime, ...] = ("joint", "soft_auxiliary")
+    regimes: tuple[RegimeName, ...] = (PLAIN_REGIME, TrainConfig.regime)
     """Ways to train early-exit networks. The others are compared with the first one and the first
     policy."""
     policies: tuple[PolicyName, ...] = tuple(POLICIES)

@@ -16,11 +16,13 @@ from eejax.training import REGIMES
 from experiments.checks import require, require_all, require_not_negative, require_positive
 
 if TYPE_CHECKING:
-    FamilyName = str
+    FamilyName = RegimeName = str
 else:
     FamilyName = Literal[tuple(FAMILIES)]
+    RegimeName = Literal[tuple(REGIMES)]
 
-RegimeName = Literal["joint", "soft_literal", "soft_auxiliary", "soft_mixture"]
+# A plain network has no gate to train: the first regime that trains none is ordinary training.
+PLAIN_REGIME = next(name for name, regime in REGIMES.items() if not regime.trains_gate)
 
 
 @dataclass(frozen=True)
