@@ -10,21 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from eejax.inference.packing import (
-    Buffer,
-    Targets,
-    choose_tiles,
-    empty_outputs,
-    empty_survivors,
-    run_stage,
-)
+from eejax.inference import packing
+from eejax.inference.packing import Buffer, Targets
 from eejax.inference.step import (
     Exit,
     Prediction,
-    Samples,
     bind_exits,
     exit_step,
     exit_variables,
+    first_samples,
     output_shapes,
     pad_batch,
 )
@@ -41,18 +35,6 @@ class Stacked(NamedTuple):
     """
 
     runs: tuple[tuple[Variables, Variables], ...]
-
-
-class Run(NamedTuple):
-    """Consecutive equal stages.
-
-    Attributes:
-      exit: the first exit; its variables are stacked if there are several.
-      length: number of stages.
-    """
-
-    exit: Exit
-    length: int
 
 
 def compact(
@@ -77,7 +59,7 @@ def compact(
       ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
     exits = bind_exits(network, policy, variables, thresholds)
-    return _run([Run(exit, 1) for exit in exits], images, count, tiles)
+    return _run([(exit, 1) for exit in exits], images, count, tiles)
 
 
 def loop(
@@ -106,11 +88,11 @@ def loop(
       ValueError: if `tiles` does not nest, or equal stages differ in shapes.
     """
     stacked = variables if isinstance(variables, Stacked) else stack(network, variables)
-    groups = [
-        Run(Exit(network.stages[a], network.heads[a], policy, of_run, thresholds, a), b - a)
-        for (a, b), of_run in zip(runs(network), stacked.runs, strict=True)
+    exits = [
+        (Exit(network.stages[a], network.heads[a], policy, group, thresholds, a), b - a)
+        for (a, b), group in zip(runs(network), stacked.runs, strict=True)
     ]
-    return _run(groups, images, count, tiles)
+    return _run(exits, images, count, tiles)
 
 
 def runs(network: EarlyExitNetwork) -> list[tuple[int, int]]:
@@ -149,22 +131,24 @@ def stack(network: EarlyExitNetwork, variables: Variables) -> Stacked:
 
 
 def _run(
-    groups: Sequence[Run], images: Array, count: Any, tiles: tuple[int, ...] | None
+    exits: Sequence[tuple[Exit, int]], images: Array, count: Any, tiles: tuple[int, ...] | None
 ) -> Prediction:
-    """All stages of a network over a batch."""
-    batch, first = images.shape[0], groups[0].exit
-    tiles = choose_tiles(tiles, first, images)
+    """Runs all stages of a network over a batch.
+
+    Args:
+      exits: the first exit of each run of equal stages, with its variables stacked if there are
+        several, and the number of stages.
+      images, count, tiles: as for `compact`.
+    """
+    batch, (first, _) = images.shape[0], exits[0]
+    tiles = packing.choose_tiles(tiles, first, images)
     padded = -(-batch // tiles[-1]) * tiles[-1]
     tiles = tuple(size for size in tiles if size <= padded)
-    samples = Samples(
-        pad_batch(images, padded),
-        (),
-        first.policy.init(padded),
-        jnp.arange(padded, dtype=jnp.int32),
-    )
+    indices = jnp.arange(padded, dtype=jnp.int32)
+    samples = first_samples(first.policy, pad_batch(images, padded), indices)
     active = Buffer(samples, jnp.asarray(batch if count is None else count, jnp.int32))
-    outputs = empty_outputs(output_shapes(first, samples)[1], padded + tiles[0])
-    for exit, length in groups:
+    outputs = packing.empty_outputs(output_shapes(first, samples)[1], padded + tiles[0])
+    for exit, length in exits:
         if length > 1:
             active, outputs = _run_depth(exit, length, active, outputs, tiles)
             continue
@@ -173,15 +157,15 @@ def _run(
             # In place: fresh memory costs more than a small stage.
             survivors = Buffer(active.rows, jnp.int32(0))
         else:
-            survivors = empty_survivors(exit, after, padded)
-        _, (active, outputs) = run_stage(exit, active, Targets(survivors, outputs), tiles)
+            survivors = packing.empty_survivors(exit, after, padded)
+        _, (active, outputs) = packing.run_stage(exit, active, Targets(survivors, outputs), tiles)
     results = outputs.rows
     # Rows without a result are sent beyond the end, where a scatter drops them.
     indices = jnp.where(jnp.arange(len(results.indices)) < outputs.count, results.indices, batch)
     logits = jnp.zeros((batch, results.logits.shape[1]), results.logits.dtype)
     logits = logits.at[indices].set(results.logits, mode="drop")
-    exits = jnp.zeros(batch, jnp.int32).at[indices].set(results.exits, mode="drop")
-    return Prediction(logits.argmax(-1).astype(jnp.int32), exits, logits)
+    taken = jnp.zeros(batch, jnp.int32).at[indices].set(results.exits, mode="drop")
+    return Prediction(logits.argmax(-1).astype(jnp.int32), taken, logits)
 
 
 def _run_depth(
@@ -211,7 +195,7 @@ def _run_depth(
         e, active, outputs = carry
         targets = Targets(Buffer(active.rows, jnp.int32(0)), outputs)
         # Variables are sliced once a depth, not once a tile.
-        _, (active, outputs) = run_stage(at(e), active, targets, tiles)
+        _, (active, outputs) = packing.run_stage(at(e), active, targets, tiles)
         return e + 1, active, outputs
 
     return lax.while_loop(more, deeper, (jnp.int32(start), active, outputs))[1:]

@@ -26,6 +26,7 @@ from eejax.inference.step import (
     Samples,
     bind_exits,
     check_images,
+    first_samples,
     output_shapes,
     pad_batch,
 )
@@ -88,7 +89,7 @@ def host(
         # Powers of two, so that few shapes are ever compiled.
         padded = max(1 << (count - 1).bit_length(), tiles[-1])
         indices = np.arange(first, first + padded, dtype=np.int32)
-        samples = Samples(pad_batch(group, padded), (), policy.init(padded), indices)
+        samples = first_samples(policy, pad_batch(group, padded), indices)
         active = Buffer(jax.device_put(samples, device), integer(count, device))
         on_device = jax.device_put(thresholds, device)
         outputs = None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from eejax.inference.step import Exit, Prediction, Samples, bind_exits, exit_step
+from eejax.inference.step import Exit, Prediction, Samples, bind_exits, exit_step, first_samples
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies.base import Policy
 
@@ -36,7 +36,7 @@ def whole_batch(policy: Policy, images: Array, count: Any = None) -> WholeBatch:
     """A batch before the first exit; arguments as for `Executor`."""
     batch = images.shape[0]
     undecided = jnp.ones(batch, bool) if count is None else jnp.arange(batch) < count
-    return WholeBatch(Samples(images, (), policy.init(batch)), undecided)
+    return WholeBatch(first_samples(policy, images), undecided)
 
 
 def whole_batch_step(exit: Exit, batch: WholeBatch) -> WholeBatch:
@@ -58,6 +58,7 @@ def full(
     count: Any = None,
 ) -> Prediction:
     """Runs every exit and selects afterwards: the baseline of correctness, which saves nothing.
+
     Arguments are those of `Executor`.
     """
     del count
@@ -78,6 +79,7 @@ def cond(
     """Runs exits while any sample of the batch is undecided, by nested `lax.cond`.
 
     The time is that of the sample that leaves last, so this is for batch 1 and small batches.
+
     Arguments are those of `Executor`.
     """
     exits = bind_exits(network, policy, variables, thresholds)
@@ -86,12 +88,16 @@ def cond(
         batch = whole_batch_step(exits[e], batch)
         if exits[e].is_last:
             return batch.logits, batch.exits
-        return lax.cond(
-            batch.undecided.any(), lambda b: run(e + 1, b), lambda b: (b.logits, b.exits), batch
-        )
+
+        def go_on(batch: WholeBatch) -> tuple[Array, Array]:
+            # A single image that goes on has no earlier result to keep.
+            return run(e + 1, batch._replace(logits=None, exits=None) if single else batch)
+
+        return lax.cond(batch.undecided.any(), go_on, lambda b: (b.logits, b.exits), batch)
 
     # With batch size 1 the single image is always valid.
-    count = None if images.shape[0] == 1 else count
+    single = images.shape[0] == 1
+    count = None if single else count
     return _prediction(*run(0, whole_batch(policy, images, count)))
 
 

@@ -80,6 +80,11 @@ class Samples(NamedTuple):
     indices: Any = ()
 
 
+def first_samples(policy: Policy, images: Any, indices: Any = ()) -> Samples:
+    """Images `[B, ...]` before the first stage."""
+    return Samples(images, (), policy.init(len(images)), indices)
+
+
 class Exit(NamedTuple):
     """One exit of a network with everything that it needs to run.
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from eejax.compiling import bound
 from eejax.inference import packing
@@ -28,6 +28,7 @@ from eejax.inference.step import (
     Prediction,
     Samples,
     bind_exits,
+    first_samples,
     output_shapes,
     pad_batch,
 )
@@ -80,12 +81,9 @@ def stream(
     if window < 3 * chunk:
         raise ValueError(f"window is {window}; give at least {3 * chunk}, three chunks.")
 
-    def samples_of(images: Array, indices: Array) -> Samples:
-        return Samples(images, (), policy.init(len(indices)), indices)
-
     def begin(variables: Variables, images: Array, indices: Array) -> list[Buffer]:
         exits = bind_exits(network, policy, variables, jnp.zeros(network.num_exits - 1))
-        return _empty_queues(exits, tiles, samples_of(images, indices))
+        return _empty_queues(exits, tiles, first_samples(policy, images, indices))
 
     def feed(
         variables: Variables,
@@ -97,13 +95,11 @@ def stream(
         flush: Array,
     ) -> tuple[list[Buffer], Buffer]:
         exits = bind_exits(network, policy, variables, thresholds)
-        active = Buffer(samples_of(images, indices), counts)
+        active = Buffer(first_samples(policy, images, indices), counts)
         return _feed(exits, tiles, queues, active, flush)
 
-    sharding = None
     if mesh is not None:
         split, whole = PartitionSpec(axis), PartitionSpec()
-        sharding = NamedSharding(mesh, split)
         # Without the check for the same reason as in `sharded`.
         shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=split, check_vma=False)
         feed = shard(feed, in_specs=(whole, split, split, split, split, whole, whole))
@@ -120,10 +116,7 @@ def stream(
                 pending = None
             # The next chunk must find room, however many samples of this one stay in the queues.
             flush = is_last or num_fed + 2 * chunk - results.oldest > window
-            indices = np.arange(num_fed, num_fed + chunk, dtype=np.int64) % window
-            indices = indices.astype(np.int32)
-            if sharding is not None:
-                indices = jax.device_put(indices, sharding)
+            indices = (np.arange(num_fed, num_fed + chunk) % window).astype(np.int32)
             counts = np.clip(count - share * np.arange(devices), 0, share).astype(np.int32)
             if queues is None:
                 queues = start(images, indices)
