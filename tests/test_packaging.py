@@ -59,6 +59,35 @@ def test_the_package_imports_nothing_of_the_experiments():
         assert not names & {"experiments", "configs", "tests"}, path
 
 
+# Floors of the package, the ground first, as docs/architecture.md lists them.
+FLOORS = (
+    ("network", "exits", "compiling"),
+    ("cost", "trace", "gates", "backbone", "cascades", "checkpoint"),
+    ("models", "policies", "benchmark"),
+    ("adapters", "pretrained", "evaluation", "training"),
+    ("selection", "inference"),
+    ("bundle",),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def test_imports_never_go_up():
+    for path in (ROOT / "eejax").rglob("*.py"):
+        part = path.relative_to(ROOT / "eejax").with_suffix("").parts[0]
+        if part == "__init__":
+            continue
+        inner = [name.split(".") for name in imported(path) if name.startswith("eejax.")]
+        above = {words[1] for words in inner if FLOOR[words[1]] > FLOOR[part]}
+        assert not above, f"{path} imports {above} from a floor above"
+
+
+def test_the_architecture_lists_the_floors():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", page, re.MULTILINE)
+    listed = [tuple(re.findall(r"`(\w+)`", names)) for _, names in rows]
+    assert listed[: len(FLOORS)] == list(FLOORS)
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, eejax; print(*{name.split('.')[0] for name in sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
