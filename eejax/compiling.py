@@ -10,7 +10,7 @@ import jax
 
 # On the CPU, jaxlib 0.10 and 0.11 give the convolutions of some programs to a library that uses
 # about one core and is 2 to 3 times slower than XLA, so timings of a stage in two programs are not
-# comparable. Naming one kind of fusion leaves all others to XLA. docs/architecture.md has the
+# comparable. Naming one kind of fusion leaves all others to XLA. docs/lab/xla.md has the
 # measurement.
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 

@@ -1,4 +1,4 @@
-"""Small measurements behind the choices that docs/inference.md and docs/architecture.md describe.
+"""Small measurements behind the choices that docs/lab describes.
 
 python -m experiments.microbenchmarks                # all, a few minutes
 python -m experiments.microbenchmarks depth packing  # some

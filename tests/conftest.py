@@ -5,11 +5,11 @@ import os
 
 import jaxlib
 
-# Compiling is most of what the tests take. Without LLVM's optimisations, and with a program's code
-# in one piece, it is half of that, and XLA's passes make the same of a program. Jaxlib 0.10 can do
-# without the emitters that build loops by MLIR, too, which is another half, for slightly other
-# fusions; 0.11 cannot, and ends the process at a flag that it does not know. A caller's flags come
-# later, and so win: XLA_FLAGS="--xla_backend_optimization_level=3
+# Compiling takes most of the time of the tests. Without LLVM's optimisations, and with the code of a
+# program in one piece, it takes half of that; XLA's own passes stay. Jaxlib 0.10 can also do without
+# the emitters that build loops by MLIR, which saves another half and fuses slightly differently.
+# Jaxlib 0.11 lacks that flag and ends the process at a flag that it does not know. A caller's flags
+# come later, so they win: XLA_FLAGS="--xla_backend_optimization_level=3
 # --xla_cpu_use_fusion_emitters=true" tests what users run.
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -27,6 +27,10 @@ import hypothesis
 import jax
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+# What a shell says about colours, widths and data does not reach the tests.
+for name in ("COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR", "TFDS_DATA_DIR", "TTY_COMPATIBLE"):
+    os.environ.pop(name, None)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

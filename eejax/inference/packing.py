@@ -186,7 +186,7 @@ def default_tiles(batch: int, sample_bytes: int) -> tuple[int, ...]:
 
     On a CPU at most 64, and fewer where features are large, so that a tile stays in the cache; the
     smallest is 4 or more, which leaves little padding. Elsewhere a quarter of the batch and a
-    sixteenth, since an accelerator needs large tiles. docs/inference.md has the measurements.
+    sixteenth, since an accelerator needs large tiles. docs/lab/tried.md has the measurements.
 
     Args:
       batch: B.

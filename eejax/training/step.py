@@ -59,7 +59,7 @@ def make_train_steps(
     On an accelerator the steps of a phase are one dispatch. On a CPU each step is one, which costs
     nothing there: XLA brings the convolutions of a gradient into the form of its fast kernels only
     in a program's outermost computation; inside a loop they run 20 times slower
-    (docs/architecture.md).
+    (docs/lab/xla.md).
 
     The arguments of `train_steps`: a `TrainState`; a key, from which each step draws by its number
     alone, so that a resumed run draws the same; images `[N, ...]` and labels `[N]` of the whole
