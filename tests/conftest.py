@@ -5,11 +5,11 @@ import os
 
 import jaxlib
 
-# Compiling takes most of the time of the tests. Without LLVM's optimisations, and with the code of a
-# program in one piece, it takes half of that; XLA's own passes stay. Jaxlib 0.10 can also do without
-# the emitters that build loops by MLIR, which saves another half and fuses slightly differently.
-# Jaxlib 0.11 lacks that flag and ends the process at a flag that it does not know. A caller's flags
-# come later, so they win: XLA_FLAGS="--xla_backend_optimization_level=3
+# Compiling takes most of the time of the tests. Without LLVM's optimisations, and with the code of
+# a program in one piece, it takes half of that; XLA's own passes stay. Jaxlib 0.10 can also do
+# without the emitters that build loops by MLIR, which saves another half and fuses slightly
+# differently. Jaxlib 0.11 lacks that flag and ends the process at a flag that it does not know. A
+# caller's flags come later, so they win: XLA_FLAGS="--xla_backend_optimization_level=3
 # --xla_cpu_use_fusion_emitters=true" tests what users run.
 os.environ["XLA_FLAGS"] = " ".join(
     [
