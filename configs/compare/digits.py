@@ -11,6 +11,7 @@ from experiments.data.config import DataConfig
 from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Comparison(
+    regimes=("joint", "soft_auxiliary"),
     data=DataConfig(name="digits", calibrate=150, choose=250, certify=250, flip=False, shift=1),
     network=NetworkConfig(name="fast", width=16, exits=(1, 2, 3)),
     train=TrainConfig(cost_weight=0.3, epochs=40, batch=128),

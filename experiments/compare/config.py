@@ -109,9 +109,9 @@ class Comparison:
     """Each trains every network anew, and divides the held-out images anew."""
     regimes: tuple[RegimeName, ...] = (PLAIN_REGIME, TrainConfig.regime)
     """Ways to train early-exit networks. The others are compared with the first one and the first
-    policy."""
+    policy. Default: one that trains no gate, and that of the main job."""
     policies: tuple[PolicyName, ...] = tuple(POLICIES)
-    """Policies. The gate takes part only where the loss trains it."""
+    """Policies. The gate takes part only where the regime trains it."""
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
