@@ -13,7 +13,6 @@ import numpy as np
 from jax import Array
 
 from eejax import benchmark
-from eejax.compiling import bound
 from eejax.inference import EXECUTORS, Prediction, compact, loop, predictor
 from eejax.inference.compaction import runs, stack
 from eejax.inference.dispatch import host
@@ -79,11 +78,8 @@ def auto(
     if len(images) > 1:
         candidates["host"] = host(network, policy, variables, max_batch=size)
 
-    def plain(variables: Variables, images: Array) -> Array:
-        return network.apply_plain(variables, images).argmax(-1)
-
-    whole = bound(plain, variables)
-    calls: list[Callable[[], Any]] = [lambda: np.asarray(whole(images))]
+    plain = benchmark.plain_programs(network, variables)[0]
+    calls: list[Callable[[], Any]] = [lambda: np.asarray(plain(images))]
     calls += [functools.partial(predict, on_device, images) for predict in candidates.values()]
     medians = 1e3 * np.median(benchmark.paired_seconds(calls, repeats), axis=1)
     times = dict(zip([PLAIN, *candidates], medians.tolist(), strict=True))

@@ -29,10 +29,10 @@ from experiments.report import report
 from experiments.report.environment import circumstances
 
 COLUMNS = ("images leave", "strategy", "ms", "spread", "ideal", "eff.", "speedup")
-COLUMNS += ("eff.*", "speedup*", "pays at")
+COLUMNS += ("eff.*", "speedup*", "pays")
 LEGEND = """ms: median for all images of a call; ideal: the plain network's, times the share of the
 stages' time that the images need; eff.: ideal / ms; speedup: plain / ms; *: with the plain network
-at its best batch; pays at: share of images that must leave at the first exit, the others leaving
+at its best batch; pays: share of images that must leave at the first exit, the others leaving
 at the last, to be as fast as that"""
 
 
