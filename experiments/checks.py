@@ -15,17 +15,14 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
 def require_all(
     section: str, config: Any, fields: str, holds: Callable[[Any], bool], expected: str
 ) -> None:
-    """Requires `holds` of fields of a dataclass, and of each value of those that are tuples.
+    """Requires `holds` of fields of a dataclass, and of each value of a tuple; None is left out.
 
     Args:
       section: name of the dataclass on the command line, "" for the outermost.
       config: the dataclass.
-      fields: names with spaces between them. A field that is None is left out.
+      fields: names with spaces between them.
       holds: of one value.
-      expected: what to give instead.
-
-    Raises:
-      ValueError: if a value does not hold.
+      expected: words for the error.
     """
     for field in fields.split():
         values = getattr(config, field)

@@ -199,14 +199,14 @@ def refuse_changes(stored: Any, asked: Any) -> None:
 
 def execute(
     begin: Callable[[], T],
-    work: Callable[[T], int | None],
+    work: Callable[[T], Any],
     failures: tuple[type[Exception], ...] = (),
 ) -> int:
     """Runs a command; mistakes and failures are one line on stderr, without a traceback.
 
     Args:
       begin: reads flags and data; ValueError and OSError are the user's mistakes.
-      work: takes the result of `begin`; returns an exit status, None for 0.
+      work: takes the result of `begin`; may return an exit status.
       failures: exceptions of `work` that need no traceback.
 
     Returns:
@@ -218,7 +218,8 @@ def execute(
             begun = begin()
         except (ValueError, OSError) as error:
             return complain(f"error: {error}", 2)
-        return work(begun) or 0
+        status = work(begun)
+        return status if isinstance(status, int) else 0
     except failures as error:
         return complain(f"error: {error}", 1)
     except KeyboardInterrupt as stop:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from eejax.checkpoint import CheckpointError
 from experiments.cifar import job
-from experiments.cifar.cli import parse
+from experiments.cifar.cli import Arguments, parse
 from experiments.command_line import execute
 
 
@@ -25,14 +25,11 @@ def main(argv: Sequence[str]) -> int:
       cannot be read; 128 + n after signal n.
     """
 
-    def begin() -> tuple:
+    def begin() -> tuple[Arguments, job.Prepared]:
         arguments = parse(argv)
         return arguments, job.prepare(arguments, argv)
 
-    def work(begun: tuple) -> None:
-        job.run(*begun)
-
-    return execute(begin, work, (FloatingPointError, CheckpointError))
+    return execute(begin, lambda begun: job.run(*begun), (FloatingPointError, CheckpointError))
 
 
 if __name__ == "__main__":

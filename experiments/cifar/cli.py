@@ -29,13 +29,7 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Reads and checks a command line, as `command_line.parse_run`.
-
-    Raises:
-      ValueError, FileNotFoundError: a one-line reason, before anything is downloaded, compiled or
-        written.
-      SystemExit: after `--help`.
-    """
+    """Reads a command line, as `command_line.parse_run`, and checks it before anything slow."""
     arguments, stored = parse_run(Arguments, "python -m experiments.cifar", argv, default)
     check(arguments.run)
     if stored is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from experiments.command_line import execute
 from experiments.compare import job
-from experiments.compare.cli import parse
+from experiments.compare.cli import Arguments, parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,14 +24,11 @@ def main(argv: Sequence[str]) -> int:
       failed; 130 when it was interrupted.
     """
 
-    def begin() -> tuple:
+    def begin() -> tuple[Arguments, job.Prepared]:
         arguments = parse(argv)
         return arguments, job.prepare(arguments, argv)
 
-    def work(begun: tuple) -> None:
-        job.run(*begun)
-
-    return execute(begin, work, (job.NothingToCompare,))
+    return execute(begin, lambda begun: job.run(*begun), (job.NothingToCompare,))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,7 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Reads and checks a command line, as `command_line.parse_run`; `workdir` is a directory.
-
-    Raises:
-      ValueError, FileNotFoundError: a one-line reason, before anything is downloaded, compiled or
-        written.
-      SystemExit: after `--help`.
-    """
+    """Reads a command line, as `command_line.parse_run`, and checks it before anything slow."""
     arguments, _ = parse_run(Arguments, "python -m experiments.compare", argv, default)
     check(arguments.run)
     if arguments.jobs is not None and arguments.jobs < 1:

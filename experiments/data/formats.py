@@ -30,20 +30,18 @@ def read_cifar(
     folder: str,
     train: Sequence[str],
     test: str,
-    labels: str,
     meta: str,
-    names: str,
+    prefix: str = "",
 ) -> Decoded:
     """Reads CIFAR-10 or CIFAR-100, Python version (https://www.cs.toronto.edu/~kriz/cifar.html).
 
     Args:
       paths: the one `.tar.gz`.
-      folder: the archive's directory.
-      train: its files of training images.
-      test: its file of test images.
-      labels: the key of the labels in each of them.
-      meta: its file of class names.
-      names: the key of the class names in it.
+      folder: the archive's directory, with the files `train`, `test` and `meta`.
+      train: files of training images.
+      test: file of test images.
+      meta: file of class names.
+      prefix: of the keys `labels` and `label_names` in the files.
 
     Raises:
       ValueError: if the archive lacks a file, or a pickle asks for more than arrays.
@@ -56,19 +54,19 @@ def read_cifar(
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
             raise ValueError(f"{folder}/{name} holds no array of uint8")
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # colour planes come first
-        return np.ascontiguousarray(images), np.asarray(content[labels], np.int32)
+        return np.ascontiguousarray(images), np.asarray(content[f"{prefix}labels"], np.int32)
 
     try:
         with tarfile.open(path, "r:gz") as tar:
             parts = [batch(tar, name) for name in train]
             test_images, test_labels = batch(tar, test)
-            classes = tuple(str(name) for name in _unpickle(tar, f"{folder}/{meta}")[names])
+            names = _unpickle(tar, f"{folder}/{meta}")[f"{prefix}label_names"]
         return Decoded(
             np.concatenate([images for images, _ in parts]),
             np.concatenate([labels for _, labels in parts]),
             test_images,
             test_labels,
-            classes,
+            tuple(map(str, names)),
             f"the publisher's archive {path.name}",
         )
     except (KeyError, TypeError, ValueError, EOFError, OSError, tarfile.TarError) as error:

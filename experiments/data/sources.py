@@ -64,9 +64,7 @@ SPECS = {
             folder="cifar-10-batches-py",
             train=tuple(f"data_batch_{i}" for i in range(1, 6)),
             test="test_batch",
-            labels="labels",
             meta="batches.meta",
-            names="label_names",
         ),
     ),
     "cifar100": Spec(
@@ -79,9 +77,8 @@ SPECS = {
             folder="cifar-100-python",
             train=("train",),
             test="test",
-            labels="fine_labels",
             meta="meta",
-            names="fine_label_names",
+            prefix="fine_",
         ),
     ),
     "fashion_mnist": Spec(

@@ -169,11 +169,8 @@ def _cut(name: str, labels: np.ndarray, config: DataConfig, seed: int) -> list[n
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, exactly: from counts of the 256 values."""
-    counts = np.zeros((images.shape[-1], 256), np.int64)
-    for start in range(0, len(images), 1_000):  # bincount makes int64 of its input: a bit at a time
-        chunk = images[start : start + 1_000]
-        for channel in range(images.shape[-1]):
-            counts[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
+    channels = np.moveaxis(images, -1, 0)
+    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
     values = np.arange(256)
     mean = counts @ values / counts.sum(1)
     variance = counts @ values**2 / counts.sum(1) - mean**2
