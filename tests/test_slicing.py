@@ -345,7 +345,7 @@ def test_outputs_of_the_model_may_be_a_tree_but_not_for_the_last_exit():
     outputs, _ = second.apply({"params": {}}, features, train=False)
     np.testing.assert_array_equal(outputs["more"][0], 2 * features[0])
     network = cut_named(model, ["x"], linear_head, VECTOR)
-    with pytest.raises(ValueError, match=r"puts out .*'logits'.*logits \[B, C\] alone"):
+    with pytest.raises(ValueError, match=r"puts out .*'logits'.*\[B, C\] logits alone"):
         network.init(jax.random.key(0), images_of(1, VECTOR))
 
 

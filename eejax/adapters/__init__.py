@@ -1,4 +1,4 @@
-"""Models that are already there, cut at named values, as networks with early exits."""
+"""Networks with early exits from existing models, cut at named values."""
 
 from eejax.adapters.linen import cut_linen
 from eejax.adapters.nnx import cut_nnx, nnx_variables, update_nnx

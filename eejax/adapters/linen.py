@@ -23,26 +23,27 @@ def cut_linen(
     image: jax.ShapeDtypeStruct,
     call: Callable[[Any, Array, bool], Any] = lambda m, x, train: m(x, train=train),
 ) -> EarlyExitNetwork:
-    """A Flax Linen model that was not written for exits, with one at each of K named values.
+    """Puts an exit at each of K named values of a Flax Linen model.
 
-    What a submodule returns is named by its path, `"layer3"` or `"encoder/block_2"`, what is sown
-    into `"intermediates"` by the path there, and `jax.ad_checkpoint.checkpoint_name` names anything
-    else. Parts of what a submodule returns are `"path[0]"`, `"path['key']"` and so on.
+    The output of a submodule is named by its path, `"layer3"` or `"encoder/block_2"`, and its parts
+    by `"path[0]"`, `"path['key']"` and so on; a value sown into `"intermediates"` is named by its
+    path there; `jax.ad_checkpoint.checkpoint_name` names any other value.
 
     In training the module's random numbers come from the stream `"dropout"`.
 
     Args:
-      module: the model; its own answer, logits `[B, C]`, is the last exit.
-      at: K names, in the order in which they are computed; a wrong one is answered with them all.
-      heads: `heads(e)` makes the head of exit e, 0-based, for the first K of them.
-      image: shape and dtype of one image, without the batch.
-      call: how the model is called, `call(module, images, train)`.
+      module: the model; its output, logits `[B, C]`, is the last exit.
+      at: K names, in the order of computation. The error for an unknown name lists all names.
+      heads: `heads(e)` makes the head of exit e, 0-based, for the first K exits.
+      image: shape and dtype of one image, without the batch axis.
+      call: calls the model, `call(module, images, train)`.
 
     Returns:
-      K + 1 exits. Their variables are drawn anew; `slicing.graft` puts a trained model's in.
+      A network of K + 1 exits. Its `init` draws new variables; `slicing.graft` inserts those of a
+      trained model.
 
     Raises:
-      ValueError: as for `slicing.stages`.
+      ValueError: as `slicing.stages`.
     """
 
     def tagged(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -77,7 +78,7 @@ def as_module(head: nn.Module | Module) -> Module:
 
 
 def tag(output: PyTree, name: str) -> PyTree:
-    """The same, each array in it named."""
+    """The same values, each named by its path in `output`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: checkpoint_name(x, name + jax.tree_util.keystr(path)), output
     )

@@ -26,26 +26,26 @@ def cut_nnx(
     image: jax.ShapeDtypeStruct,
     call: Callable[[Any, Array, bool], Any] = lambda m, x, train: m(x),
 ) -> EarlyExitNetwork:
-    """A Flax NNX model that was not written for exits, with one at each of K named values.
+    """Puts an exit at each of K named values of a Flax NNX model.
 
-    What a submodule returns is named by its path, `"stem"` or `"blocks/2"`, as in `cut_linen`; so
-    are the heads, which are Linen modules or pairs of functions. `Param` and `BatchStat` are
-    variables of the network; the random streams start from the key of each training step; all else
-    that the model holds is constant.
+    Values are named as in `cut_linen`: the output of a submodule by its path, `"stem"` or
+    `"blocks/2"`. Heads are Linen modules or pairs of functions. `Param` and `BatchStat` are
+    variables of the network; the random streams start from the key of each training step; all other
+    state of the model is constant.
 
     Args:
-      model: is copied and stays as it is; its own answer, logits `[B, C]`, is the last exit.
-      at: K names, in the order in which they are computed; a wrong one is answered with them all.
-      heads: `heads(e)` makes the head of exit e, 0-based, for the first K of them.
-      image: shape and dtype of one image, without the batch.
-      call: how the model is called, `call(model, images, train)`, after `model.train()` or
-        `model.eval()`.
+      model: is copied; its output, logits `[B, C]`, is the last exit.
+      at: K names, in the order of computation. The error for an unknown name lists all names.
+      heads: `heads(e)` makes the head of exit e, 0-based, for the first K exits.
+      image: shape and dtype of one image, without the batch axis.
+      call: calls the model, `call(model, images, train)`, after `model.train()` or `model.eval()`.
 
     Returns:
-      K + 1 exits. `init` gives the model's own variables to the stages and draws the heads'.
+      A network of K + 1 exits. Its `init` gives the model's variables to the stages and draws new
+      ones for the heads.
 
     Raises:
-      ValueError: as for `slicing.stages`; or if the model changes other state, or draws random
+      ValueError: as `slicing.stages`; or if the model changes other state, or draws random
         numbers in inference.
     """
     from flax import nnx  # takes a while to import, and only this needs it
@@ -90,7 +90,7 @@ def cut_nnx(
 
 
 def nnx_variables(model: nnx.Module) -> dict[str, Any]:
-    """An NNX model's `Param` and `BatchStat` as nested dicts of arrays, whose keys are strings."""
+    """The `Param` and `BatchStat` of an NNX model as nested dicts of arrays with string keys."""
     from flax import nnx
 
     return {
@@ -100,19 +100,19 @@ def nnx_variables(model: nnx.Module) -> dict[str, Any]:
 
 
 def update_nnx(model: nnx.Module, variables: Variables) -> None:
-    """Writes the variables of a network that `cut_nnx` made back into the model, in its dtypes.
+    """Writes the variables of a network from `cut_nnx` back into the model, in its dtypes.
 
     Raises:
-      ValueError: they are not that model's.
+      ValueError: if the variables do not fit the model.
     """
     from flax import nnx
 
-    slicing.graft(variables, nnx_variables(model))  # do they fit?
-    found = slicing.whole(variables)
-    for of, collection in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
-        own = nnx.state(model, of)
-        new = _filled(own, found.get(collection, {}))
-        nnx.update(model, jax.tree.map(lambda x, o: x.astype(o.dtype), new, own))
+    slicing.graft(variables, nnx_variables(model))  # raises ValueError if they do not fit
+    whole = slicing.whole(variables)
+    for kind, collection in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
+        old = nnx.state(model, kind)
+        new = _filled(old, whole.get(collection, {}))
+        nnx.update(model, jax.tree.map(lambda x, o: x.astype(o.dtype), new, old))
 
 
 def _reseeded(streams: Any, key: Array | None) -> Any:
@@ -129,17 +129,17 @@ def _reseeded(streams: Any, key: Array | None) -> Any:
 
 
 @functools.cache
-def _tagging_class(of: type, name: str) -> type:
-    """The class of an NNX module that names what it returns."""
+def _tagging_class(module: type, name: str) -> type:
+    """A subclass of an NNX module's class that names its output."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return tag(of.__call__(self, *args, **kwargs), name)
+        return tag(module.__call__(self, *args, **kwargs), name)
 
-    return type(of.__name__, (of,), {"__call__": __call__})
+    return type(module.__name__, (module,), {"__call__": __call__})
 
 
 def _with_strings(tree: Any) -> Any:
-    """Nested dicts with strings for keys: neither Orbax nor `jax.export` takes numbers."""
+    """Nested dicts with strings as keys; Orbax and `jax.export` refuse numbers."""
     if not isinstance(tree, dict):
         return tree
     return {str(k): _with_strings(v) for k, v in tree.items()}
@@ -149,10 +149,10 @@ def _filled(state: Any, tree: Any) -> Any:
     """An NNX state with the values of a nested dict."""
 
     def value(path: Sequence[Any], _: Any) -> Any:
-        found = tree
+        inner = tree
         for key in path:
             if isinstance(key, jax.tree_util.DictKey):
-                found = found[str(key.key)]
-        return found
+                inner = inner[str(key.key)]
+        return inner
 
     return jax.tree_util.tree_map_with_path(value, state)

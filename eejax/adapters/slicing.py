@@ -1,10 +1,9 @@
-"""Cuts a model that was not written for it: any traceable function, at named intermediate values.
+"""Cuts any traceable function of variables and images at named intermediate values.
 
-A model of any framework is in the end a function of variables and images that JAX can trace. In
-the traced program some values carry names (`jax.ad_checkpoint.checkpoint_name`), and what is
-computed is split at them. Stage k is what the k-th named value needs and those before it did not:
-the slice of the program that leads to it, whatever the order in which the program was written. So
-an image that leaves at an exit has paid for that exit alone.
+A model of any framework is such a function. In its traced program some values carry names
+(`jax.ad_checkpoint.checkpoint_name`). Stage k is the slice of the program that leads to the k-th
+named value, without the equations that earlier stages need, whatever the order of the program. So
+an image that leaves at an exit has paid for nothing beyond that exit.
 """
 
 from __future__ import annotations
@@ -22,29 +21,30 @@ from eejax.adapters import tracing
 from eejax.adapters.tracing import Cuts, Slice, kind
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, PyTree, Variables
 
-# Batch sizes at which a model is looked at; values that cross a cut must differ as these do.
+# A model is traced at two batch sizes, which tell the batch axis of the values that cross a cut.
 _BATCHES = (2, 3)
 
 
 def cut_named(
     module: Module, at: Sequence[str], heads: Callable[[int], Module], image: jax.ShapeDtypeStruct
 ) -> EarlyExitNetwork:
-    """A network with an exit at each of K named values of a model, and the model's own answer last.
+    """Puts an exit at each of K named values of a model; the model's output is the last exit.
 
     Args:
-      module: the model: `apply(variables, images, train=train) -> (logits, batch_stats)`, in which
-        values are named by `jax.ad_checkpoint.checkpoint_name(value, name)`, each with a name of
-        its own. `adapters.cut_linen` and `cut_nnx` name them for you.
-      at: K names, in the order in which they are computed.
-      heads: `heads(e)` makes the head of exit e, 0-based, for the first K of them; it reads the
-        named value as its features.
-      image: shape and dtype of one image, without the batch.
+      module: the model, `apply(variables, images, train, key) -> (logits, batch_stats)`. It names
+        values by `jax.ad_checkpoint.checkpoint_name(value, name)`, each by another name;
+        `adapters.cut_linen` and `cut_nnx` do so for their models.
+      at: K names, in the order of computation.
+      heads: `heads(e)` makes the head of exit e, 0-based, for the first K exits; its features are
+        the named value.
+      image: shape and dtype of one image, without the batch axis.
 
     Returns:
-      K + 1 exits. `graft` gives it a trained model's variables, and `whole` gives them back.
+      A network of K + 1 exits. `graft` inserts the variables of a trained model, and `whole`
+      extracts them.
 
     Raises:
-      ValueError: as for `stages`.
+      ValueError: as `stages`.
     """
     parts = stages(module, at, image)
     early = tuple(on_value(heads(e)) for e in range(len(at)))
@@ -52,23 +52,24 @@ def cut_named(
 
 
 def stages(module: Module, at: Sequence[str], image: jax.ShapeDtypeStruct) -> tuple[Module, ...]:
-    """A model cut at K named values into K + 1 stages.
+    """Cuts a model at K named values into K + 1 stages.
 
-    What stage k hands on is `(v_k, rest)`: its named value, and a tuple of every other value that
-    depends on the images and that a later stage reads, all led by the batch axis, wherever that was
-    in the model. The last stage hands on the model's outputs. What depends on variables alone is
-    computed by the stage that needs it; each variable belongs to one stage. The model is traced
-    anew for every batch size. Equations that nothing reads, a debugging print say, are left out.
+    Stage k returns `(v_k, rest)`: its named value, and a tuple of all other values that depend on
+    the images and that a later stage reads. The batch axis is moved to the front. The last stage
+    returns the model's outputs. Values that depend on variables or on the key alone are computed by
+    each stage that needs them, so random numbers that two stages read are drawn twice, each time
+    from the key of the stage. Every variable belongs to one stage. The model is traced once for
+    every batch size. Equations without a reader, a debugging print for example, are dropped.
 
     Args:
       module: as for `cut_named`; its outputs may be any pytree.
-      at: K names, in the order in which they are computed.
-      image: shape and dtype of one image, without the batch.
+      at: K names, in the order of computation.
+      image: shape and dtype of one image, without the batch axis.
 
     Raises:
-      ValueError: one string for the names; a name that is not there, is there twice or is out of
-        order; a variable that two stages read, that is boxed, or of another collection than params
-        and batch_stats; a value without batch axis that would have to cross a cut.
+      ValueError: if `at` is one string; if a name does not exist, exists twice or is out of order;
+        if two stages read a variable, or it is boxed or in another collection than params and
+        batch_stats; if a value without batch axis would cross a cut.
     """
     if isinstance(at, str):
         raise ValueError(f"one string, {at!r}, for the names to cut at; give a list: [{at!r}].")
@@ -77,7 +78,7 @@ def stages(module: Module, at: Sequence[str], image: jax.ShapeDtypeStruct) -> tu
 
 
 def on_value(head: Module) -> Module:
-    """The head that reads the named value out of what a stage of `stages` hands on."""
+    """The head that reads the named value from the features of a stage of `stages`."""
 
     def init(key: Array, features: PyTree, memory: PyTree) -> Variables:
         return head.init(key, features[0], memory)
@@ -109,48 +110,50 @@ def _answer(
 ) -> tuple[ExitOutput, PyTree]:
     del memory, train, key
     if not isinstance(logits, Array) or logits.ndim != 2:
-        found = jax.tree.map(kind, logits)
-        raise ValueError(f"the model puts out {found}; cut one that puts out logits [B, C] alone.")
+        outputs = jax.tree.map(kind, logits)
+        raise ValueError(
+            f"the model puts out {outputs}; give one that puts out [B, C] logits alone."
+        )
     gate = jnp.zeros(logits.shape[0], jnp.float32)
     return ExitOutput(logits.astype(jnp.float32), gate, ()), variables.get("batch_stats", {})
 
 
 LAST = Module(_no_variables, _answer)
-"""The last head of a model that was cut: the model's own logits, in float32."""
+"""The last head of a model that was cut: the logits of the model, in float32."""
 
 
 def graft(variables: Variables, original: Variables) -> Variables:
-    """The variables of a network that was cut, with a trained model's in its stages.
+    """Inserts the variables of a trained model into the stages of the network cut from it.
 
     Args:
-      variables: of the network, as its `init` gives. The heads keep theirs.
-      original: the model's own: a nested dict for each collection. Floats of another dtype become
-        the network's.
+      variables: of the network. The heads keep theirs.
+      original: of the model, a nested dict for each collection. Floats are cast to the dtypes of
+        the network.
 
     Raises:
-      ValueError: leaves that the model lacks, that nothing in the network takes, of another shape,
-        or of another dtype where either is no float.
+      ValueError: if a leaf is missing or left over, has another shape, or has another dtype where
+        either is not a float.
     """
     given = dict(_leaves(original))
     stages = {c: tree["stages"] for c, tree in variables.items()}
-    wanted = dict(_leaves(stages))
+    expected = dict(_leaves(stages))
     for problem, odd in (
-        ("the network takes and the model lacks", wanted.keys() - given.keys()),
-        ("the model has and the network does not take", given.keys() - wanted.keys()),
+        ("the network takes and the model lacks", expected.keys() - given.keys()),
+        ("the model has and the network does not take", given.keys() - expected.keys()),
     ):
         if odd:
             raise ValueError(
                 f"{problem} {_some(odd)}; give the variables of the model that was cut."
             )
 
-    def take(path: Any, own: Any) -> Any:
+    def take(path: Any, old: Any) -> Any:
         new = given[_leaf(path)]
-        floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (new, own))
-        if floats and new.shape == own.shape and new.dtype != own.dtype:
-            return jnp.asarray(new.astype(own.dtype))
-        if kind(new) != kind(own):
+        floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (new, old))
+        if floats and new.shape == old.shape and new.dtype != old.dtype:
+            return jnp.asarray(new.astype(old.dtype))
+        if kind(new) != kind(old):
             raise ValueError(
-                f"{'/'.join(_leaf(path))} is {kind(new)} in the model and {kind(own)} in the "
+                f"{'/'.join(_leaf(path))} is {kind(new)} in the model and {kind(old)} in the "
                 "network; give the variables of the model that was cut."
             )
         return new
@@ -160,25 +163,24 @@ def graft(variables: Variables, original: Variables) -> Variables:
 
 
 def whole(variables: Variables) -> dict[str, Any]:
-    """The original model's variables out of the network's, a nested dict for each collection.
+    """The variables of the model from those of the network, a nested dict for each collection.
 
-    Only the stages' are taken: the early heads are no part of the model. A collection that is empty
-    is left out.
+    They are those of the stages, without the heads. An empty collection is left out.
     """
     return _nested(_leaves({c: tree["stages"] for c, tree in variables.items()}))
 
 
 class _Model:
-    """A model, where it is cut, and which stage each of its variables belongs to."""
+    """A model, its cuts, and the stage that each of its variables belongs to."""
 
     def __init__(self, module: Module, at: tuple[str, ...], image: jax.ShapeDtypeStruct) -> None:
         self.module, self.at, self.image = module, at, image
         shapes = jax.eval_shape(module.init, jax.random.key(0), self.one_image())
-        found, self.tree = jax.tree_util.tree_flatten_with_path(shapes)
-        self.leaves = [_checked(path) for path, _ in found]
-        self.shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in found]
+        leaves, self.tree = jax.tree_util.tree_flatten_with_path(shapes)
+        self.leaves = [_checked(path) for path, _ in leaves]
+        self.shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in leaves]
         self.names = ["/".join(leaf) for leaf in self.leaves]
-        # JAX keeps what it has traced, and traces anew where anything that matters has changed.
+        # JAX caches traces, and traces again if anything that matters has changed.
         self.traced = jax.jit(self.flat, static_argnames="train")
         self.known: dict[int, tuple[Any, tuple[Slice, ...], Any]] = {}
         modes = [False, True] if self.trains() else [False]
@@ -212,17 +214,17 @@ class _Model:
 
     def cuts(self, traced: Any) -> Cuts:
         updated = [leaf for leaf, _ in _leaves({"batch_stats": traced.out_info[1]})]
-        own = [i for i, leaf in enumerate(self.leaves) if leaf[0] == "batch_stats"]
-        if updated and updated != [self.leaves[i] for i in own]:
+        stats = [i for i, leaf in enumerate(self.leaves) if leaf[0] == "batch_stats"]
+        if updated and updated != [self.leaves[i] for i in stats]:
             raise ValueError(
                 f"in training the model returns {_some(updated)} for the batch statistics "
-                f"{_some(self.leaves[i] for i in own)}; return the same structure."
+                f"{_some(self.leaves[i] for i in stats)}; return the same structure."
             )
-        graph = tracing.graph(traced.jaxpr, own if updated else ())
+        graph = tracing.graph(traced.jaxpr, stats if updated else ())
         return tracing.cuts(graph, self.at)
 
     def batch_axes(self, of: Cuts, train: bool) -> list[list[int]]:
-        """Of what each stage reads."""
+        """The batch axis of each value that each stage reads."""
         other = self.cuts(self.trace(_BATCHES[1], train))
         tracing.place_updates(other, self.owners, self.names)
         return [[0], *tracing.batch_axes(of, other, self.owners, _BATCHES)]
@@ -234,70 +236,70 @@ class _Model:
         if number not in self.known:
             if train not in self.axes:
                 raise ValueError(
-                    f"the model trains with {batch} images and does not with {_BATCHES[0]}, by "
-                    "which it is looked at; cut one that does with any number."
+                    f"the model trains with {batch} images and does not with {_BATCHES[0]}, the "
+                    "batch at which it was traced first; give one that trains with any number."
                 )
             cuts = self.cuts(traced)
             tracing.place_updates(cuts, self.owners, self.names)
             slices = tracing.slices(cuts, self.owners)
             if [len(s.features) for s in slices] != [len(axes) for axes in self.axes[train]]:
                 raise ValueError(
-                    f"with {batch} images other values cross the cuts than with {_BATCHES[0]}; cut "
-                    "a model that computes alike for any number."
+                    f"with {batch} images other values cross the cuts than with {_BATCHES[0]}; "
+                    "give a model that computes the same for any number."
                 )
             self.known[number] = traced.jaxpr, slices, jax.tree.structure(traced.out_info[0])
         return self.known[number][1:]
 
     def stage(self, k: int) -> Module:
-        mine = [i for i, owner in enumerate(self.owners) if owner == k]
+        owned = [i for i, owner in enumerate(self.owners) if owner == k]
 
         def init(key: Array, features: PyTree) -> Variables:
-            del features  # the model's own init reads images
+            del features  # the init of the model reads images
             values = self.tree.flatten_up_to(self.module.init(key, self.one_image()))
-            return {"params": {}} | _nested((self.leaves[i], values[i]) for i in mine)
+            return {"params": {}} | _nested((self.leaves[i], values[i]) for i in owned)
 
         def apply(
             variables: Variables, features: PyTree, *, train: bool, key: Array | None = None
         ) -> tuple[PyTree, PyTree]:
             given = [features] if k == 0 else [features[0], *features[1]]
-            slices, outputs = self.slices(given[0].shape[0], train, key)
-            own = slices[k]
+            slices, structure = self.slices(given[0].shape[0], train, key)
+            piece = slices[k]
             axes = self.axes[train][k]
             if len(given) == len(axes):
                 given = [_moved(x, 0, axis) for x, axis in zip(given, axes, strict=True)]
-            if [kind(x) for x in given] != [kind(x) for x in own.features]:
+            if [kind(x) for x in given] != [kind(x) for x in piece.features]:
                 raise ValueError(
                     f"{'features' if k else 'images'} {', '.join(map(kind, given))}; the model was "
-                    f"cut for {', '.join(map(kind, own.features))}."
+                    f"cut for {', '.join(map(kind, piece.features))}."
                 )
-            if own.random and key is None:
+            if piece.random and key is None:
                 raise ValueError("the model draws random numbers in training; give a key.")
-            read = [self.value(variables, i) for i in own.reads]
-            made = jaxpr_as_fun(own.run)(*read, *([key] if own.random else []), *given)
+            read = [self.value(variables, i) for i in piece.reads]
+            results = jaxpr_as_fun(piece.run)(*read, *([key] if piece.random else []), *given)
             stats = variables.get("batch_stats", {})
-            if own.updates:
-                split = len(made) - len(own.updates)
-                names = (self.leaves[i] for i in own.updates)
-                stats = _nested(zip(names, made[split:], strict=True))["batch_stats"]
-                made = made[:split]
+            if piece.updates:
+                split = len(results) - len(piece.updates)
+                names = (self.leaves[i] for i in piece.updates)
+                stats = _nested(zip(names, results[split:], strict=True))["batch_stats"]
+                results = results[:split]
             if k == len(self.at):
-                return jax.tree.unflatten(outputs, made), stats
+                return jax.tree.unflatten(structure, results), stats
             axes = self.axes[train][k + 1]
-            value, *rest = (_moved(x, axis, 0) for x, axis in zip(made, axes, strict=True))
+            value, *rest = (_moved(x, axis, 0) for x, axis in zip(results, axes, strict=True))
             return (value, tuple(rest)), stats
 
         return Module(init, apply)
 
     def value(self, variables: Variables, i: int) -> Array:
-        """The value of one variable out of a stage's own."""
-        found: Any = variables
+        """The value of variable i, from the variables of its stage."""
+        leaf: Any = variables
         for key in self.leaves[i]:
-            found = found[key]
-        if kind(found) != kind(self.shapes[i]):
+            leaf = leaf[key]
+        if kind(leaf) != kind(self.shapes[i]):
             raise ValueError(
-                f"{self.names[i]} is {kind(found)}; the model was cut with {kind(self.shapes[i])}."
+                f"{self.names[i]} is {kind(leaf)}; the model was cut with {kind(self.shapes[i])}."
             )
-        return jnp.asarray(found)
+        return jnp.asarray(leaf)
 
 
 def _moved(x: Any, source: int, to: int) -> Array:
@@ -305,21 +307,21 @@ def _moved(x: Any, source: int, to: int) -> Array:
 
 
 def _leaf(path: Sequence[Any]) -> tuple[str, ...]:
-    """Collection and keys of a variable; of which stage it is a part is left out."""
+    """Collection and keys of a variable, without the number of its stage."""
     return tuple(p.key for p in path if isinstance(p, DictKey))
 
 
 def _checked(path: Sequence[Any]) -> tuple[str, ...]:
-    """`_leaf` of a model's variable."""
+    """`_leaf` of a variable of a model; raises ValueError if it cannot be one of a stage."""
     if isinstance(path[0], DictKey) and path[0].key not in ("params", "batch_stats"):
         raise ValueError(
-            f"a collection {path[0].key!r} of variables; only params and batch_stats are carried. "
-            'A Linen module may sow into "intermediates" what is only looked at.'
+            f"a collection {path[0].key!r} of variables; only params and batch_stats are kept. "
+            'A Linen module may sow into "intermediates" what is only to be inspected.'
         )
     if any(isinstance(p, GetAttrKey) for p in path):
         raise ValueError(
             f"{'/'.join(_leaf(path))} is in a box, as flax.linen.with_partitioning makes them; "
-            "take variables out of their boxes where they are made, by nn.unbox."
+            "take variables out of their boxes in `init`, by nn.unbox."
         )
     if not all(isinstance(p, DictKey) and isinstance(p.key, str) for p in path):
         raise ValueError(

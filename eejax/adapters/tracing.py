@@ -1,6 +1,6 @@
-"""A traced model as one flat list of equations, and its slices, which `slicing` makes stages of.
+"""A traced model as a flat list of equations, and its slices, for `slicing`.
 
-How JAX's programs look inside is known here and nowhere else.
+No other file knows the inside of JAX's programs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Graph(NamedTuple):
     """A function of variables, images and a key, nested `jit`s inlined and names taken out.
 
     Attributes:
-      variables: one a leaf.
+      variables: one for each leaf.
       images: the batch.
       key: of the random numbers.
       constants: what the function closes over.
       equations: in the order of the program.
-      outputs: the leaves of what it puts out.
-      updates: leaf by leaf the variables that it returns anew.
+      outputs: the leaves of its outputs.
+      updates: the new value of each updated variable, by its position.
       names: the values that carry each name.
-      inside: names in equations that stay whole, a scan say, and what those are.
+      inside: names inside equations that stay whole, with its primitive: a scan, for example.
     """
 
     variables: tuple[Var, ...]
@@ -45,11 +45,11 @@ class Cuts(NamedTuple):
     """A graph, and the stage, 0-based, of every equation that depends on the images.
 
     Attributes:
-      graph: the whole.
+      graph: of the whole model.
       at: the names of the K values at which it is cut.
       values: the values.
-      level: by position of the equation; what no stage needs is not in it.
-      maker: the equation that makes a value; inputs have none.
+      level: the stage, by the position of the equation; equations that no stage needs are missing.
+      maker: the equation that computes a value; inputs have none.
       data: the values that depend on the images.
     """
 
@@ -67,9 +67,9 @@ class Slice(NamedTuple):
     Attributes:
       run: values of `reads`, a key if `random`, and features, to features and the values of
         `updates`.
-      features: shape and dtype of each leaf that comes in.
-      reads: variables by position.
-      updates: variables that it owns and returns anew.
+      features: shape and dtype of each leaf of its input.
+      reads: the variables that it reads, by position.
+      updates: the variables that it owns and updates, by position.
       random: whether it draws random numbers.
     """
 
@@ -84,22 +84,24 @@ def graph(closed: jex.ClosedJaxpr, updated: Sequence[int]) -> Graph:
     """The graph of a program of `(*variables, images, key) -> (*outputs, *updates)`.
 
     Args:
-      closed: as `jax.jit(...).trace(...).jaxpr` gives.
-      updated: which variables its last outputs are.
+      closed: from `jax.jit(...).trace(...).jaxpr`.
+      updated: the variables, by position, whose new values are its last outputs.
     """
     inputs = [Var(v.aval) for v in closed.jaxpr.invars]
     *variables, images, key = inputs
-    found = Graph(tuple(variables), images, key, {}, [], [], {}, {}, {})
-    results = _inline(closed, inputs, found)
-    split = len(results) - len(updated)
-    found.outputs.extend(results[:split])
-    found.updates.update(zip(updated, results[split:], strict=True))
-    return found
+    result = Graph(tuple(variables), images, key, {}, [], [], {}, {}, {})
+    values = _inline(closed, inputs, result)
+    split = len(values) - len(updated)
+    result.outputs.extend(values[:split])
+    result.updates.update(zip(updated, values[split:], strict=True))
+    return result
 
 
 def _inline(closed: jex.ClosedJaxpr, inputs: Sequence[Atom], into: Graph) -> list[Atom]:
-    """Adds a program's equations to a graph, with variables of their own, since JAX uses the same
-    ones wherever a function is called again; returns its results."""
+    """Adds the equations of a program to a graph and returns its results.
+
+    They get fresh variables, since JAX reuses those of a function that is called twice.
+    """
     values: dict[Var, Atom] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
     for var, constant in zip(closed.jaxpr.constvars, closed.consts, strict=True):
         values[var] = fresh = Var(var.aval)
@@ -111,18 +113,18 @@ def _inline(closed: jex.ClosedJaxpr, inputs: Sequence[Atom], into: Graph) -> lis
     for equation in closed.jaxpr.eqns:
         given = read(equation.invars)
         if equation.primitive is primitives.name_p:
-            # An identity: what carries the name is its input.
+            # An identity, so its input carries the name.
             values[equation.outvars[0]] = given[0]
             _add_name(into, equation.params["name"], given[0])
         elif equation.primitive is primitives.jit_p:
             results = _inline(equation.params["jaxpr"], given, into)
             values.update(zip(equation.outvars, results, strict=True))
         else:
-            made = [Var(v.aval) for v in equation.outvars]
-            values.update(zip(equation.outvars, made, strict=True))
-            into.equations.append(equation.replace(invars=given, outvars=made))
+            outputs = [Var(v.aval) for v in equation.outvars]
+            values.update(zip(equation.outvars, outputs, strict=True))
+            into.equations.append(equation.replace(invars=given, outvars=outputs))
             for program in jex.jaxprs_in_params(equation.params):
-                _note_names(equation, program, made, into)
+                _note_names(equation, program, outputs, into)
     return read(closed.jaxpr.outvars)
 
 
@@ -132,10 +134,10 @@ def _add_name(into: Graph, name: str, value: Atom) -> None:
         values.append(value)
 
 
-def _note_names(equation: jex.JaxprEqn, program: Any, made: Sequence[Var], into: Graph) -> None:
-    """Notes the names inside an equation that stays whole.
+def _note_names(equation: jex.JaxprEqn, program: Any, outputs: Sequence[Var], into: Graph) -> None:
+    """Records the names inside an equation that stays whole.
 
-    What a rematerialised function returns is what the equation makes, so its name is kept.
+    The results of a rematerialised function are outputs of the equation, so they keep their names.
     """
     is_remat = equation.primitive is primitives.remat_p
     for inner in program.eqns:
@@ -143,27 +145,27 @@ def _note_names(equation: jex.JaxprEqn, program: Any, made: Sequence[Var], into:
             name, value = inner.params["name"], inner.outvars[0]
             here = [i for i, v in enumerate(program.outvars) if v is value] if is_remat else []
             if here:
-                _add_name(into, name, made[here[0]])
+                _add_name(into, name, outputs[here[0]])
             else:
                 into.inside[name] = equation.primitive.name
         for deeper in jex.jaxprs_in_params(inner.params):
             _note_names(equation, deeper, (), into)
 
 
-def cuts(found: Graph, at: Sequence[str]) -> Cuts:
-    """Says of every equation which stage computes it: the first whose named value needs it.
+def cuts(whole: Graph, at: Sequence[str]) -> Cuts:
+    """Gives every equation to the first stage whose named value needs it.
 
     Raises:
-      ValueError: a name that is not there, is there twice, or does not depend on the images;
-        nothing to compute from one cut to the next.
+      ValueError: if a name does not exist, exists twice or does not depend on the images, or if
+        nothing is to compute between two cuts.
     """
-    maker = {v: i for i, equation in enumerate(found.equations) for v in equation.outvars}
-    data: set[Var] = {found.images}
-    for equation in found.equations:
+    maker = {v: i for i, equation in enumerate(whole.equations) for v in equation.outvars}
+    data: set[Var] = {whole.images}
+    for equation in whole.equations:
         if any(v in data for v in equation.invars if isinstance(v, Var)):
             data.update(equation.outvars)
-    values = tuple(_named(found, name) for name in at)
-    result = Cuts(found, tuple(at), values, {}, maker, data)
+    values = tuple(_named(whole, name) for name in at)
+    result = Cuts(whole, tuple(at), values, {}, maker, data)
     for k, value in enumerate(values):
         if not isinstance(value, Var) or value not in data:
             raise ValueError(f"{at[k]!r} does not depend on the images; cut at a value that does.")
@@ -174,7 +176,7 @@ def cuts(found: Graph, at: Sequence[str]) -> Cuts:
             )
         for i in _upstream(result, [value], data.__contains__)[0]:
             result.level.setdefault(i, k)
-    rest = _upstream(result, found.outputs, data.__contains__)[0] - set(result.level)
+    rest = _upstream(result, whole.outputs, data.__contains__)[0] - set(result.level)
     if not rest:
         raise ValueError(
             f"nothing is left to compute after {_before(at, len(at))}, and the model's own output "
@@ -188,16 +190,16 @@ def _before(at: Sequence[str], k: int) -> str:
     return repr(at[k - 1]) if k else "the images"
 
 
-def _named(found: Graph, name: str) -> Atom:
-    values = found.names.get(name, [])
+def _named(whole: Graph, name: str) -> Atom:
+    values = whole.names.get(name, [])
     if len(values) > 1:
         raise ValueError(
-            f"{len(values)} values are named {name!r}; give each a name of its own. A module that "
-            "is called several times names all its results alike."
+            f"{len(values)} values are named {name!r}; give each a name of its own. A "
+            "module that is called several times names all its results alike."
         )
     if not values:
-        there = ", ".join(map(repr, found.names)) or "none"
-        what = found.inside.get(name)
+        there = ", ".join(map(repr, whole.names)) or "none"
+        what = whole.inside.get(name)
         where = f"{name!r} is inside a {what}" if what else f"no value is named {name!r}"
         raise ValueError(
             f"{where}; names to cut at: {there}. What is inside a scan, a loop, a conditional or a "
@@ -209,7 +211,8 @@ def _named(found: Graph, name: str) -> Atom:
 def _upstream(
     of: Cuts, atoms: Iterable[Atom], follow: Callable[[Var], bool]
 ) -> tuple[set[int], set[Var]]:
-    """The equations that lead to some values, and all values met, by way of those to follow."""
+    """The equations that lead to some values, and all values on the way, through those that
+    `follow` accepts."""
     equations: set[int] = set()
     met: set[Var] = set()
     waiting = list(atoms)
@@ -218,16 +221,15 @@ def _upstream(
         if isinstance(value, Literal) or value in met or not follow(value):
             continue
         met.add(value)
-        made_by = of.maker.get(value)
-        if made_by is not None and made_by not in equations:
-            equations.add(made_by)
-            waiting.extend(of.graph.equations[made_by].invars)
+        maker = of.maker.get(value)
+        if maker is not None and maker not in equations:
+            equations.add(maker)
+            waiting.extend(of.graph.equations[maker].invars)
     return equations, met
 
 
 def _direct(of: Cuts, k: int, owned: Sequence[int] | None) -> list[Atom]:
-    """What the equations of stage k read and what it puts out; of updates those that it owns, or
-    none as long as nobody knows whose they are."""
+    """The inputs of the equations of stage k, its outputs, and its updates if owners are known."""
     read = [v for i, at in of.level.items() if at == k for v in of.graph.equations[i].invars]
     read += [of.values[k]] if k < len(of.at) else of.graph.outputs
     if owned is not None:
@@ -236,56 +238,56 @@ def _direct(of: Cuts, k: int, owned: Sequence[int] | None) -> list[Atom]:
 
 
 def _constant_part(of: Cuts, atoms: Iterable[Atom]) -> tuple[set[int], set[Var]]:
-    """What leads to some values without depending on the images: equations, and inputs met."""
+    """The equations and inputs that lead to some values and do not depend on the images."""
     return _upstream(of, atoms, lambda v: v not in of.data)
 
 
-def owners(every: Sequence[Cuts], names: Sequence[str]) -> list[int]:
-    """The stage that each variable belongs to: the one that reads it, else the last.
+def owners(modes: Sequence[Cuts], names: Sequence[str]) -> list[int]:
+    """The stage that each variable belongs to: the stage that reads it, otherwise the last.
 
-    A running statistic that is updated and not read belongs to the last of the stages that make
-    what it is updated with.
+    A running statistic that is updated and not read belongs to the last stage that computes a value
+    of its update.
 
     Args:
-      every: the same cuts in inference and in training.
+      modes: the same cuts in inference and in training.
       names: of the variables.
 
     Raises:
-      ValueError: a variable that two stages read, or that is updated with what a later one makes.
+      ValueError: if two stages read a variable, or a later stage computes a value of its update.
     """
-    at = every[0].at
-    found: dict[int, int] = {}
+    at = modes[0].at
+    owner: dict[int, int] = {}
 
     def claim(of: Cuts, owned: Sequence[int] | None) -> None:
         for k in range(len(at) + 1):
             met = _constant_part(of, _direct(of, k, owned))[1]
             for i, var in enumerate(of.graph.variables):
-                if var in met and found.setdefault(i, k) != k:
+                if var in met and owner.setdefault(i, k) != k:
                     raise ValueError(
-                        f"{names[i]} is read by {_place(at, found[i])} and by {_place(at, k)}; a "
+                        f"{names[i]} is read by {_place(at, owner[i])} and by {_place(at, k)}; a "
                         "variable belongs to one stage, so cut where it is not shared."
                     )
 
-    for of in every:
+    for of in modes:
         claim(of, None)
-    for of in every:
+    for of in modes:
         for i, update in of.graph.updates.items():
             equations, met = _upstream(of, [update], lambda v: True)
-            made = [of.level[j] for j in equations if j in of.level]
-            read = [found[j] for j, v in enumerate(of.graph.variables) if v in met and j in found]
-            found.setdefault(i, max(made + read, default=len(at)))
-    owned = [found.get(i, len(at)) for i in range(len(names))]
-    for of in every:
+            computed = [of.level[j] for j in equations if j in of.level]
+            read = [owner[j] for j, v in enumerate(of.graph.variables) if v in met and j in owner]
+            owner.setdefault(i, max(computed + read, default=len(at)))
+    owned = [owner.get(i, len(at)) for i in range(len(names))]
+    for of in modes:
         place_updates(of, owned, names)
         claim(of, owned)
-    return [found.get(i, len(at)) for i in range(len(names))]
+    return [owner.get(i, len(at)) for i in range(len(names))]
 
 
 def place_updates(of: Cuts, owned: Sequence[int], names: Sequence[str]) -> None:
-    """Gives equations that only updates need to the stage that owns what is updated.
+    """Gives equations that only an update needs to the stage that owns the variable.
 
     Raises:
-      ValueError: a variable that is updated with what a later stage computes.
+      ValueError: if a later stage computes a value of an update.
     """
     computed = dict(of.level)
     for i in sorted(of.graph.updates, key=lambda i: owned[i]):
@@ -299,13 +301,13 @@ def place_updates(of: Cuts, owned: Sequence[int], names: Sequence[str]) -> None:
 
 
 def _place(at: Sequence[str], k: int) -> str:
-    """How a stage is spoken of in messages, 1-based."""
+    """A stage in messages, 1-based."""
     until = f"to {at[k]!r}" if k < len(at) else "to the end"
     return f"stage {k + 1} (from {_before(at, k)} {until})"
 
 
 def edges(of: Cuts, owned: Sequence[int]) -> list[list[Var]]:
-    """What each stage but the last hands on: the named value, then all that later stages read."""
+    """The outputs of each stage but the last: the named value, then all that later stages read."""
     stages = range(len(of.at) + 1)
     last = {v: k for k in stages for v in _direct(of, k, owned) if isinstance(v, Var)}
     first = {of.graph.images: -1}
@@ -323,25 +325,24 @@ def edges(of: Cuts, owned: Sequence[int]) -> list[list[Var]]:
 def batch_axes(
     of: Cuts, other: Cuts, owned: Sequence[int], batches: tuple[int, int]
 ) -> list[list[int]]:
-    """For each edge the axis that is the batch's, of each value that crosses it.
-
-    It need not be the first: what is under `jax.vmap` has it where it came to lie.
+    """The batch axis of each value that crosses each edge; under `jax.vmap` it may be any axis.
 
     Args:
       of: the cuts at one batch size.
-      other: the same at another, by which the batch is told from axes of equal length.
-      owned: whose the variables are.
+      other: the cuts at another batch size, which tells the batch from other axes.
+      owned: the stage of each variable.
       batches: the two sizes.
 
     Raises:
-      ValueError: a value that does not hold one thing for each image.
+      ValueError: if a value does not have one row for each image.
     """
-    found = []
+    result = []
     for name, some, others in zip(of.at, edges(of, owned), edges(other, owned), strict=True):
         if len(some) != len(others):
             raise ValueError(
                 f"{len(some)} values cross the cut at {name!r} with {batches[0]} images and "
-                f"{len(others)} with {batches[1]}; cut a model that computes alike for any batch."
+                f"{len(others)} with {batches[1]}; give a model that computes the same for any "
+                "batch size."
             )
         axes = []
         for value, larger in zip(some, others, strict=True):
@@ -355,12 +356,12 @@ def batch_axes(
                     f"{batches[0]} images it does not hold a row for each; cut elsewhere."
                 )
             axes.append(differ[0])
-        found.append(axes)
-    return found
+        result.append(axes)
+    return result
 
 
 def kind(x: Any) -> str:
-    """Dtype and shape in one word."""
+    """Dtype and shape, as in `float32[2, 8]`."""
     return f"{x.dtype}{list(x.shape)}".replace("'", "")
 
 
