@@ -24,8 +24,8 @@ from experiments import command_line
 from experiments.checks import require, require_all
 from experiments.latency.arguments import check_parents, spaced
 from experiments.latency.workload import Workload, random_workload, run_workload
-from experiments.report import report
-from experiments.report.environment import circumstances
+from experiments.report.environment import describe
+from experiments.report.files import write_json
 from experiments.train.config import FamilyName, NetworkConfig
 
 IMAGES = 64
@@ -78,14 +78,14 @@ def main(argv: Sequence[str]) -> int:
     def work(begun: tuple[Arguments, Workload]) -> None:
         arguments, workload = begun
         now = datetime.datetime.now().astimezone()
-        environment = circumstances("experiments.deadlines", argv, now)
+        environment = describe("experiments.deadlines", argv, now)
         with console.status(f"{arguments.calls} calls of each deadline"):
             rows = measure(workload, arguments.milliseconds, arguments.calls)
         console.print(f"{workload.name}\n{environment['device']}")
         console.print(_table(rows))
         if arguments.json is not None:
             rows = [{**row, "seed": arguments.seed, **environment} for row in rows]
-            report.write_json(arguments.json, rows)
+            write_json(arguments.json, rows)
 
     return command_line.execute(begin, work, (OSError,))
 

@@ -1,10 +1,15 @@
-"""A made comparison: the shape of `results` that `experiments.compare` hands to its report."""
+"""A made comparison: results.json and the results table, as `experiments.compare` makes them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
+
+import pandas as pd
+
+from experiments.report import table
+from experiments.report.table import target_columns
 
 POLICIES = (
     "max_prob", "entropy", "margin", "patience", "vote", "mean_of_experts", "product_of_experts",
@@ -18,7 +23,7 @@ RISK = {"kind": "risk", "value": 0.05, "loss": "disagreement", "delta": 0.1, "me
         "path": "shared"}  # fmt: skip
 BETTING = RISK | {"method": "betting", "path": "per exit"}
 CERTIFICATE = {"kind": "certificate", "value": 0.05, "budget": 0.8, "loss": "error", "delta": 0.1,
-               "method": "hoeffding_bentkus"}  # fmt: skip
+               "method": "hoeffding_bentkus", "path": "shared"}  # fmt: skip
 REFERENCE = {"regime": "joint", "policy": "max_prob"}
 
 
@@ -107,9 +112,9 @@ def make_comparison(
             for regime in regimes
         ],
         "timing": [
-            {**_side(regime, policy), "target": target, "strategy": "compact", "batch": 256,
+            {"regime": regime, "policy": policy, "target": target, "strategy": "compact",
              "ms": 4.6 * target["value"] * (1 + 0.04 * i), "spread": 0.02, "plain_ms": 4.2,
-             "ideal_ms": 4.2 * target["value"], "speedup": 1.7, "efficiency": 0.9,
+             "ideal_ms": 4.2 * target["value"], "speedup": 1.7, "efficiency": 0.9, "batch": 256,
              "accuracy": accuracy(target["value"], regime, policy), "cost": target["value"]}
             for target in BUDGETS
             for i, (regime, policy) in enumerate([(r, p) for r, p in schemes if p in policies[:2]])
@@ -131,12 +136,6 @@ def make_comparison(
              "search": "exhaustive"}
         ],
     }  # fmt: skip
-
-
-def _side(regime: str, policy: str) -> dict[str, str]:
-    return {"cascade": "cascade", "policy": policy} if regime == "cascade" else (
-        {"regime": regime, "policy": policy}
-    )  # fmt: skip
 
 
 def _row(regime: str, policy: str, target: dict[str, Any], seeds: int) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def _promise(target: dict[str, Any], seeds: int) -> dict[str, Any]:
 
 def _differences(schemes: Sequence[Any], targets: Sequence[Any]) -> list[dict[str, Any]]:
     made = []
-    for target in (targets[0], targets[1], {"kind": "area"}):
+    for target in targets[:2]:
         for i, (regime, policy) in enumerate(schemes[1:]):
             mean = 0.004 - 0.002 * i if i < 8 else 0.0002 * (i - 10)
             made.append(_difference(target, {"regime": regime, "policy": policy}, REFERENCE, mean))
@@ -192,3 +191,33 @@ def _agreement(count: int, step: float) -> list[list[float]]:
 
 def _holds(risk: float) -> str:
     return "no" if risk - 0.008 > 0.05 else "yes" if risk + 0.008 <= 0.05 else "unclear"
+
+
+def make_table(results: dict[str, Any]) -> pd.DataFrame:
+    """The results table of a made comparison: a row a scheme, target and seed."""
+    rows = []
+    for row in results["rows"]:
+        for i, seed in enumerate(results["seeds"]):
+            scheme = {name: row[name] for name in ("regime", "policy", "search", "error")}
+            scheme |= {**target_columns(row["target"]), "seed": seed}
+            if row["accuracy"] is not None:
+                spreads = {n: row[n]["seeds"][i] for n in ("accuracy", "cost", "risk") if n in row}
+                scheme |= {**spreads, "met": str(row["met"]) in ("yes", f"{i} of {i}")}
+                scheme |= {name: row[name] for name in ("ece", "random", "oracle")}
+            rows.append(scheme)
+    for i, seed in enumerate(results["seeds"]):
+        for network in results["static"]:
+            row = {"regime": "static", "policy": network["name"], "seed": seed}
+            row |= {**target_columns({"kind": "network"}), "macs": network["macs"]}
+            rows.append(
+                row | {"cost": network["cost"], "accuracy": network["accuracy"]["seeds"][i]}
+            )
+        for regime in results["regimes"]:
+            for e, exit_ in enumerate(regime["exits"]):
+                row = {"regime": regime["name"], "policy": "none", "seed": seed}
+                row |= {**target_columns({"kind": "exit", "value": e + 1}), "cost": exit_["cost"]}
+                rows.append(row | {"accuracy": exit_["accuracy"]["seeds"][i]})
+    for row in results["timing"]:
+        scheme = {name: row[name] for name in ("regime", "policy", "accuracy", "cost")}
+        rows.append(table.timed_row({**scheme, **target_columns(row["target"]), "seed": 0}, row))
+    return table.frame(rows)

@@ -31,8 +31,8 @@ from eejax.selection import guarantees, thresholds
 from eejax.trace import fingerprints
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
-from experiments.compare.choose import Settings, Subject
 from experiments.compare.cli import parse
+from experiments.compare.decide import Model, Settings
 from experiments.data import splits as data
 
 
@@ -153,7 +153,7 @@ def test_a_risk_is_certified_on_samples_of_its_own(results, made, regime):
 
 
 @pytest.fixture(scope="module")
-def subjects(workdir: Path) -> tuple[list[Subject], Settings]:
+def models(workdir: Path) -> tuple[list[Model], Settings]:
     """A network with early exits and a cascade, and what they are to be decided for."""
     config = parse(FLAGS).run
     cells = [c for c in compare_cells.cells(config) if c.seed == 0]
@@ -164,16 +164,16 @@ def subjects(workdir: Path) -> tuple[list[Subject], Settings]:
     )
     alone = tuple(float(compare_cells.macs(c)[-1] / whole) for c in static)
     found = [
-        Subject("joint", 0, (early,), tuple((compare_cells.macs(early) / whole).tolist()), ()),
-        Subject("cascade", 0, tuple(static), alone, ()),
+        Model("joint", 0, (early,), tuple((compare_cells.macs(early) / whole).tolist()), ()),
+        Model("cascade", 0, tuple(static), alone, ()),
     ]
     return found, Settings(config.targets, config.guarantee, config.drift, config.timing.batch)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["early exits", "cascade"])
-def test_nothing_is_chosen_on_the_test_split(workdir, subjects, monkeypatch, which):
-    subject, settings = subjects[0][which], subjects[1]
-    decided = compare_decide._decided(subject, "max_prob", settings, workdir)
+def test_nothing_is_chosen_on_the_test_split(workdir, models, monkeypatch, which):
+    model, settings = models[0][which], models[1]
+    decided = compare_decide._decided(model, "max_prob", settings, workdir)
     traces = compare_cells.traces
 
     def other_tests(cell, workdir):
@@ -182,8 +182,8 @@ def test_nothing_is_chosen_on_the_test_split(workdir, subjects, monkeypatch, whi
         return found._replace(test=test)
 
     monkeypatch.setattr(compare_cells, "traces", other_tests)
-    after = compare_decide._decided(subject, "max_prob", settings, workdir)
-    pairs = list(zip(decided.facts["rows"], after.facts["rows"], strict=True))
+    after = compare_decide._decided(model, "max_prob", settings, workdir)
+    pairs = list(zip(decided.rows, after.rows, strict=True))
     for one, other in pairs:
         for name in ("target", "search", "exits", "thresholds", "certificate", "error"):
             assert one.get(name) == other.get(name)

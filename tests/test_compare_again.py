@@ -27,10 +27,10 @@ from eejax.evaluation.routing import route
 from experiments.compare import __main__ as compare
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
-from experiments.compare import plot as compare_plot
 from experiments.compare import report as compare_report
 from experiments.compare import timing as compare_timing
-from experiments.report import report
+from experiments.report import plots
+from experiments.report.files import write_json as write_file
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,9 @@ def copy(digits_comparison: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(digits_comparison, tmp_path / "run"))
 
 
-def write_json(workdir: Path, results: dict[str, Any]) -> None:
-    report.write_json(workdir / "results.json", results)
+def write_json(workdir: Path, results: dict[str, Any], table: Any) -> None:
+    del table
+    write_file(workdir / "results.json", results)
 
 
 @pytest.fixture
@@ -69,9 +70,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         found["run"].append("")
         return collect(*args)
 
-    def deciding(subject, policy, settings, workdir):
-        found["decided"].append(f"{subject.name}, {subject.seed}, {policy}")
-        return decided(subject, policy, settings, workdir)
+    def deciding(model, policy, settings, workdir):
+        found["decided"].append(f"{model.name}, {model.seed}, {policy}")
+        return decided(model, policy, settings, workdir)
 
     def timing(*args):
         found["timed"].append("")
@@ -125,7 +126,7 @@ def test_it_grows_by_what_is_new_and_survives_a_training_that_fails(
     copy, results, log, monkeypatch, capsys
 ):
     """One directory is lost, a policy and a seed are new, and one network of that seed fails."""
-    monkeypatch.setattr(compare_plot, "save", lambda *args: None)
+    monkeypatch.setattr(plots, "save", lambda *args: None)
     (lost,) = (copy / "networks").glob("width-0-5-seed1-*")
     shutil.rmtree(lost)
     more = ["--seeds", "0", "1", "2", "--policies", *POLICIES, NEW]

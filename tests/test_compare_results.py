@@ -30,6 +30,14 @@ from small_comparison import (
 
 from eejax.evaluation.routing import route, score
 from eejax.trace import Trace, read_trace
+from experiments.report.table import (
+    GUARANTEES,
+    SEARCHED,
+    decided,
+    over_seeds,
+    read_csv,
+    timed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +291,15 @@ def test_files_for_people_are_left_in_the_working_directory(digits_comparison, r
     for name in ("report.html", "results.csv", "table.tex", "config.json"):
         assert (workdir / name).stat().st_size > 500
     assert "soft_auxiliary" in (workdir / "report.html").read_text()
-    lines = (workdir / "results.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(results["rows"])
+    table = read_csv(workdir / "results.csv")
+    means = over_seeds(decided(table, *SEARCHED, *GUARANTEES))
+    assert len(means) == len(results["rows"])
+    for row, (_, mean) in zip(results["rows"], means.iterrows(), strict=True):
+        assert (row["regime"], row["policy"]) == (mean["regime"], mean["policy"])
+        if "accuracy" in row:
+            assert row["accuracy"]["mean"] == pytest.approx(mean["accuracy"])
+            assert row["cost"]["mean"] == pytest.approx(mean["cost"])
+    assert len(timed(table)) == len(results["timing"])
     names = {path.name for path in (workdir / "figures").iterdir()}
     assert {"accuracy_macs.svg", "accuracy_macs.pdf", "drift.svg", "differences.svg"} <= names
     stored = json.loads((workdir / "config.json").read_text())["config"]

@@ -10,6 +10,7 @@ from experiments.cifar import __main__ as cifar
 from experiments.cifar.config import Config
 from experiments.command_line import from_json, read_run
 from experiments.data import splits
+from experiments.report import table
 from experiments.train import loop
 
 
@@ -98,9 +99,13 @@ def test_a_run_leaves_a_bundle_that_predicts_as_the_report_says(workdir, report)
     dataset = splits.load(config.data, config.seed)
     assert bundle.classes == tuple(dataset.classes)
     prediction = bundle.predict(dataset.test.images)
-    target = {"kind": "budget", "value": 0.7}
-    rows = [r for r in report["policies"] if (r["name"], r["target"]) == ("max_prob", target)]
-    row = next(r for r in rows if r["search"] == "optimal")
+    # The thresholds that were given on the command line, as they were timed.
+    assert report["target"] == {"kind": "given"}
+    rows = [r for r in report["policies"] if r["target"] == report["target"]]
+    row = next(r for r in rows if r["name"] == "max_prob")
+    timed = table.timed(table.read_csv(workdir / "results.csv"))
+    assert timed["thresholds"].tolist() == [(1, 2, 3)] * 2
+    assert timed["executor"].tolist() == ["cond", "compact"]
     accuracy = (prediction.labels == dataset.test.labels).mean()
     # Another program may round another way.
     assert accuracy == pytest.approx(row["accuracy"], abs=0.01)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,24 +12,25 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 
+from eejax import cost
 from eejax.evaluation import metrics
-from eejax.evaluation.routing import route
+from eejax.evaluation.routing import Routed
 from eejax.inference.compaction import compact
 from eejax.inference.executors import cond
 from eejax.network import EarlyExitNetwork
 from eejax.policies import POLICIES
-from eejax.selection.thresholds import for_budget
 from eejax.trace import collect
 from eejax.training import REGIMES
 from experiments.cifar.cli import Arguments
 from experiments.cifar.config import Config
 from experiments.command_line import read_run, to_json
 from experiments.data import splits as data
-from experiments.evaluate import rows as evaluate
 from experiments.evaluate import timing
 from experiments.evaluate.artifact import save_bundle
-from experiments.report import report
-from experiments.report.environment import circumstances
+from experiments.evaluate.decide import Targets, Traces, View, decide, exit_rows, outcome, view
+from experiments.report import report, table
+from experiments.report.environment import describe
+from experiments.report.files import write_json
 from experiments.train import loop, trained
 
 GALLERY = 24
@@ -43,15 +44,29 @@ class Prepared(NamedTuple):
       dataset: its splits.
       network: reads its images.
       workdir: a directory that holds `config.json`.
-      facts: what the report opens with: data set, device, versions, seed, command, date.
-      console: where everything is shown.
+      environment: data set, device, versions, seed, command and date, for the report.
+      console: for messages.
     """
 
     dataset: data.Dataset
     network: EarlyExitNetwork
     workdir: Path
-    facts: dict[str, Any]
+    environment: dict[str, Any]
     console: Console
+
+
+class Timed(NamedTuple):
+    """The decision that inference is timed with and the bundle holds.
+
+    Attributes:
+      view: of the policy `inference.policy`.
+      row: of the results table.
+      routed: its exits on the test split; None where the target cannot be met.
+    """
+
+    view: View
+    row: dict[str, Any]
+    routed: Routed | None
 
 
 def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
@@ -71,10 +86,10 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
             "give a smaller batch."
         )
     network = trained.network(_train_run(config))
-    workdir, facts = _begin(arguments, argv, dataset)
-    if facts["notice"]:
-        console.print(Panel(facts["notice"], title="NOTICE", style="bold yellow"))
-    return Prepared(dataset, network, workdir, facts, console)
+    workdir, environment = _begin(arguments, argv, dataset)
+    if environment["notice"]:
+        console.print(Panel(environment["notice"], title="NOTICE", style="bold yellow"))
+    return Prepared(dataset, network, workdir, environment, console)
 
 
 def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
@@ -86,7 +101,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
       loop.Stopped: a signal came; the state is saved.
     """
     config = arguments.run
-    dataset, network, workdir, facts, console = prepared
+    dataset, network, workdir, environment, console = prepared
 
     # Training.
     training = _train_run(config)
@@ -99,99 +114,102 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
         f"{costs.cumulative[-1] / 1e6:.2f} M multiply-accumulates, {size / 1e6:.2f} M parameters"
     )
     console.print(f"{dataset.name}: {dataset.source}\n{words}\neverything goes to {workdir}")
-    _, variables, _, _, rows = trained.trained(training, config.seed, workdir, console)
-    history = loop.epochs(rows)
-
-    # Traces, temperatures, thresholds.
+    _, variables, _, _, training_rows = trained.trained(training, config.seed, workdir, console)
+    history = loop.epochs(training_rows)
     learned_gate = REGIMES[config.train.regime].trains_gate
-    names = tuple(n for n in config.policies.names if learned_gate or not POLICIES[n].needs_gate)
-    with console.status("recording traces and choosing thresholds"):
-        traces = evaluate.Traces(
-            *(
-                collect(network, variables, *split)
-                for split in (dataset.calibrate, dataset.choose, dataset.test)
-            )
-        )
-        np.savez(workdir / "trace_test.npz", **traces.test._asdict())
-        scored = {n: evaluate.evaluated(n, traces, costs.fractions) for n in names}
-        policies, curves = [], {}
-        for name in names:
-            policies += evaluate.policy_rows(
-                name, scored[name], traces, costs.cumulative, config.policies
-            )
-            curves[name] = evaluate.curve(
-                scored[name], traces, costs.cumulative, config.policies.curve
-            )
+    warnings = _collapse_warnings(history) if learned_gate else []
 
-    # Compiled inference, with the thresholds of one policy at one budget.
-    chosen = config.inference.policy
-    if chosen not in scored:
-        scored[chosen] = evaluate.evaluated(chosen, traces, costs.fractions)
-    correct = scored[chosen].choose.predictions == traces.choose.labels[:, None]
-    limits = for_budget(
-        scored[chosen].choose.scores, correct, costs.fractions, config.inference.budget
-    ).thresholds
-    policy = scored[chosen].policy
-    with console.status("timing compiled inference"):
-        inference = [
-            {
-                "policy": chosen,
-                **timing.inference_row(
+    # Traces, and every decision, once.
+    with console.status("recording traces and choosing thresholds"):
+        held_out = (
+            collect(network, variables, *split) for split in (dataset.calibrate, dataset.choose)
+        )
+        traces = Traces(*held_out, None, collect(network, variables, *dataset.test))
+        np.savez(workdir / "trace_test.npz", **traces.test._asdict())
+        rows, chosen = _decide(config, traces, costs, learned_gate)
+
+    # The bundle, and compiled inference with the policy and thresholds that it holds.
+    inference = []
+    if chosen.routed is None:
+        warnings.append(f"No bundle, and no time: {chosen.row['error']}")
+    else:
+        policy, thresholds = chosen.view.policy, np.asarray(chosen.row["thresholds"], np.float32)
+        names = ("dataset", "seed", "command", "date", "versions")
+        metadata = {name: environment[name] for name in names}
+        parts = (config.network, dataset, variables, policy, thresholds, costs, metadata)
+        save_bundle(workdir, *parts)
+        with console.status("timing compiled inference"):
+            for strategy, executor, batch, batches in (
+                ("cond", cond, 1, 50),
+                ("compact", compact, min(config.inference.batch, len(dataset.test.images)), 4),
+            ):
+                measured = timing.inference_row(
                     strategy,
                     executor,
                     network,
                     variables,
                     policy,
-                    limits,
+                    thresholds,
                     dataset.test.images,
                     batch=batch,
                     batches=batches,
                     repeats=config.inference.repeats,
-                ),
-            }
-            for strategy, executor, batch, batches in (
-                ("cond", cond, 1, 50),
-                ("compact", compact, min(config.inference.batch, len(dataset.test.images)), 4),
-            )
-        ]
-
-    # The bundle.
-    metadata = {name: facts[name] for name in ("dataset", "seed", "command", "date", "versions")}
-    save_bundle(workdir, config.network, dataset, variables, policy, limits, costs, metadata)
+                )
+                inference.append({"policy": chosen.view.name, **measured})
+    results = table.frame([*rows, *(table.timed_row(chosen.row, row) for row in inference)])
 
     # The report.
-    test = dataset.test
-    warnings = _collapse_warnings(history) if learned_gate else []
-    rates = [row["images_per_second"] for row in rows]
+    test, scored = dataset.test, chosen.view.test
+    temperatures = chosen.view.policy.params.temperatures
+    exits = table.decided(results, "exit")
     result = {
-        **facts,
+        **environment,
         "network": words,
         "warnings": warnings,
-        "target": {"kind": "budget", "value": config.inference.budget},
+        "target": _target(config),
         "whole_macs": float(costs.cumulative[-1]),
-        "exits": evaluate.exit_rows(
-            scored[chosen].test, test.labels, costs.cumulative, policy.params.temperatures
-        ),
-        "policies": policies,
-        "curve": curves,
+        "exits": [
+            {
+                "index": e,
+                "macs": float(costs.cumulative[e]),
+                "fraction": row.cost,
+                "accuracy": row.accuracy,
+                "ece": row.ece,
+                "temperature": float(temperatures[e]),
+            }
+            for e, row in enumerate(exits.itertuples())
+        ],
+        "policies": [_policy(row) for row in rows if row["target_kind"] in table.SEARCHED],
+        "curve": {
+            name: [
+                _policy(row, curve=True)
+                for row in rows
+                if row["policy"] == name and row["target_kind"] == "curve"
+            ]
+            for name in dict.fromkeys(
+                row["policy"] for row in rows if row["target_kind"] == "curve"
+            )
+        },
         "inference": inference,
-        "overthinking": metrics.overthinking(scored[chosen].test.predictions, test.labels),
+        "overthinking": metrics.overthinking(scored.predictions, test.labels),
         "train": {
-            "seconds": rows[-1]["seconds"],
-            "images_per_second": float(np.median(rates)),
+            "seconds": training_rows[-1]["seconds"],
+            "images_per_second": float(np.median([r["images_per_second"] for r in training_rows])),
             "epochs": config.train.epochs,
         },
     }
-    report.write_json(workdir / "report.json", result)
-    report.write_html(
-        workdir / "report.html",
+    report.write(
+        workdir,
         result,
+        results,
         history=history,
-        reliability=evaluate.reliability_rows(scored[chosen].test, test.labels),
-        gallery=_gallery(route(scored[chosen].test, limits), test, network.num_exits),
-        classes=dataset.classes,
+        reliability=[
+            metrics.reliability(scored.logits[:, e], test.labels)._asdict()
+            for e in range(network.num_exits)
+        ],
+        gallery=_gallery(chosen.routed, test, dataset.classes, network.num_exits),
     )
-    console.print(report.table(result))
+    console.print(report.console(result, results))
     console.print(f"\nreport: {workdir / 'report.html'}")
     return result
 
@@ -201,29 +219,90 @@ def _train_run(config: Config) -> trained.TrainRun:
     return trained.TrainRun(config.data, config.network, config.train, split_seed=config.seed)
 
 
+def _target(config: Config) -> dict[str, Any]:
+    """What inference is timed for: given thresholds where there are any, else a budget."""
+    if config.policies.thresholds:
+        return {"kind": "given"}
+    return {"kind": "budget", "value": config.inference.budget}
+
+
+def _decide(
+    config: Config, traces: Traces, costs: cost.Costs, learned_gate: bool
+) -> tuple[list[dict[str, Any]], Timed]:
+    """Rows of the results table for every policy and target, and the decision to time."""
+    names = [n for n in config.policies.names if learned_gate or not POLICIES[n].needs_gate]
+    targets = Targets(
+        tuple(dict.fromkeys([*config.policies.budgets, config.inference.budget])),
+        config.policies.drops,
+        given=config.policies.thresholds,
+        curve=config.policies.curve,
+    )
+    scheme = {"regime": config.train.regime, "seed": config.seed}
+    every, whole = tuple(range(len(costs.fractions))), float(costs.cumulative[-1])
+    rows, timed = [], []
+    for name in dict.fromkeys([*names, config.inference.policy]):
+        one = view(name, traces, every, costs.fractions, np.empty(0))
+        decisions, points = decide([one], targets, highest=1.0)
+        for decision in [*decisions, *points]:
+            row, routed = outcome(decision, traces.test)
+            rows.append({**scheme, "policy": name, **row})
+            if name == config.inference.policy and decision.target == _target(config):
+                timed.append(Timed(one, rows[-1], routed))
+    rows += [
+        {**scheme, **row} for row in exit_rows(timed[0].view.test, traces.test, costs.fractions)
+    ]
+    for row in rows:
+        row["macs"] = whole * row["cost"] if "cost" in row else None
+    return rows, timed[0]
+
+
+def _policy(row: Mapping[str, Any], *, curve: bool = False) -> dict[str, Any]:
+    """A row as report.json holds it."""
+    numbers = {
+        "mean_macs": row["macs"],
+        "mean_fraction": row.get("cost"),
+        "accuracy": row.get("accuracy"),
+    }
+    if curve:
+        return numbers
+    target = {"kind": row["target_kind"]}
+    if row["target_value"] is not None:
+        target["value"] = row["target_value"]
+    more = {name: row.get(name) for name in ("exit_fractions", "ece", "thresholds", "met", "error")}
+    chosen = {"accuracy": row.get("chosen_accuracy"), "mean_fraction": row.get("chosen_cost")}
+    return {
+        "name": row["policy"],
+        "target": target,
+        "search": row["search"],
+        **numbers,
+        **more,
+        "chosen": chosen,
+    }
+
+
 def _begin(
     arguments: Arguments, argv: Sequence[str], dataset: data.Dataset
 ) -> tuple[Path, dict[str, Any]]:
-    """The run's directory with its `config.json`, and the facts that the report opens with."""
+    """The run's directory with its `config.json`, and the facts of its environment."""
     now = datetime.datetime.now().astimezone()
     workdir = arguments.workdir or Path("runs") / f"{dataset.name}-{now:%Y%m%d-%H%M%S}"
     if arguments.resume:
-        facts = read_run(workdir)
-        facts.pop("config")
-        return workdir, facts
-    facts = {
+        environment = read_run(workdir)
+        environment.pop("config")
+        return workdir, environment
+    environment = {
         "dataset": dataset.name,
         "data_source": dataset.source,
         "notice": dataset.notice,
         "seed": arguments.run.seed,
-        **circumstances("experiments.cifar", argv, now),
+        **describe("experiments.cifar", argv, now),
     }
     workdir.mkdir(parents=True, exist_ok=True)
     config = to_json(arguments.run)
     # A resumed run reads the same images, whatever "auto" would mean by then.
     config["data"]["name"] = dataset.name
-    report.write_json(workdir / "config.json", {**facts, "config": config})
-    return workdir, facts
+    write_json(workdir / "config.json", {**environment, "config": config})
+    return workdir, environment
 
 
 def _collapse_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
@@ -240,18 +319,23 @@ def _collapse_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _gallery(
-    routed: Any, test: data.Split, exits: int, count: int = GALLERY
-) -> list[report.Gallery]:
-    """For each exit the test images that took it, the most confident first."""
+    routed: Routed | None, test: data.Split, classes: Sequence[str], exits: int
+) -> list[list[dict[str, Any]]]:
+    """For each exit the test images that left there, the most confident first."""
+    if routed is None:
+        return [[] for _ in range(exits)]
     confidence = metrics.softmax(routed.logits).max(-1)
     predictions = routed.logits.argmax(-1)
-    pictures = []
-    for e in range(exits):
-        took = np.flatnonzero(routed.exits == e)
-        best = took[np.argsort(-confidence[took], kind="stable")][:count]
-        pictures.append(
-            report.Gallery(
-                e, test.images[best], test.labels[best], predictions[best], confidence[best]
-            )
-        )
-    return pictures
+    order = np.argsort(-confidence, kind="stable")
+    return [
+        [
+            {
+                "image": test.images[i],
+                "predicted": classes[predictions[i]],
+                "truth": classes[test.labels[i]],
+                "confidence": float(confidence[i]),
+            }
+            for i in order[routed.exits[order] == e][:GALLERY]
+        ]
+        for e in range(exits)
+    ]

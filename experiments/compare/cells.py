@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +25,7 @@ from experiments.data import splits
 from experiments.data.cache import replacing
 from experiments.data.config import DataConfig
 from experiments.data.corruptions import corrupt
+from experiments.evaluate.decide import Traces
 from experiments.train import loop
 from experiments.train import trained as training
 from experiments.train.config import PLAIN_REGIME, NetworkConfig, TrainConfig, narrowed
@@ -109,22 +110,6 @@ def cells(config: Comparison) -> list[Cell]:
         for name, kind, network, ends_at, train in kinds
         for seed in config.seeds
     ]
-
-
-class Traces(NamedTuple):
-    """Traces of a network, one a split; each split has one use.
-
-    Attributes:
-      calibrate: policies are fitted on it.
-      choose: thresholds are chosen on it.
-      certify: risks are certified on it.
-      test: reported.
-    """
-
-    calibrate: Trace
-    choose: Trace
-    certify: Trace
-    test: Trace
 
 
 def macs(cell: Cell) -> np.ndarray:

@@ -1,180 +1,299 @@
-"""One policy on one network: thresholds for every target, and what they come to on the test split.
+"""The decisions of a comparison: one policy on one model, for every target, kept on disk.
 
-Thresholds are chosen on the split `choose`, risks certified on `certify`, and everything that is
-reported is of the split `test`. No network is run here: traces are all that is read.
+Decisions are `experiments.evaluate.decide`'s, over the exits of a network or over the members that
+a cascade may have, with guarantees and corrupted images beside them. No network runs here: traces
+are all that is read.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from eejax import policies
-from eejax.evaluation import metrics, routing
-from eejax.evaluation.routing import Routed, route
-from eejax.policies import ensembles, scheduler
-from eejax.policies import temperature as calibration
-from eejax.selection import bounds, guarantees, placement, thresholds
-from eejax.trace import Trace
+from eejax.evaluation import metrics
+from eejax.evaluation.routing import route, score
+from eejax.policies import Policy
+from eejax.trace import Trace, read_trace
 from experiments.command_line import to_json
-from experiments.compare import choose as compare_choose
-from experiments.compare import drift as compare_drift
-from experiments.compare.cells import Traces
-from experiments.compare.choose import (
-    CASCADE,
-    Family,
-    Settings,
-    Subject,
-    families,
-    for_targets,
-    subject_traces,
-)
-from experiments.compare.drift import drifted
+from experiments.compare import cells as compare_cells
+from experiments.compare.cells import Cell
+from experiments.compare.certify import certified
+from experiments.compare.config import DriftConfig, GuaranteeConfig, TargetsConfig
 from experiments.data.cache import replacing
+from experiments.evaluate import decide as evaluate
+from experiments.evaluate.decide import Targets, Traces, View, outcome
 
-# What is decided depends on these; when one changes, everything is decided anew.
-_DECIDING = (
-    *(bounds, calibration, ensembles, guarantees, metrics, placement, policies, routing, scheduler),
-    *(thresholds, compare_choose, compare_drift),
-)
+CASCADE = "cascade"
+MOST_MEMBERS = 3
+
+# A decision depends on the source of every module that this one imports, directly or not, but for
+# these: what they change is in the traces, or in the configuration, or is no part of a decision.
+APART = ("eejax.training", "eejax.models", "eejax.pretrained", "eejax.adapters", "eejax.inference")
+APART += ("eejax.checkpoint", "experiments.train", "experiments.data.archives")
+APART += ("experiments.data.sources", "experiments.command_line", "experiments.cifar")
+
+
+class Model(NamedTuple):
+    """What a policy decides on: a network with early exits, or a cascade of plain networks.
+
+    Attributes:
+      name: the regime's, or "cascade".
+      seed: of all its cells.
+      cells: one for early exits; the members of the cascade, cheapest first.
+      cost: multiply-accumulates of leaving at each exit, or of each member alone, as fractions of
+        the plain network's.
+      ms: the same in milliseconds for a batch, as measured; empty where no target is in them.
+    """
+
+    name: str
+    seed: int
+    cells: tuple[Cell, ...]
+    cost: tuple[float, ...]
+    ms: tuple[float, ...]
+
+
+class Settings(NamedTuple):
+    """The parts of a configuration that decisions depend on."""
+
+    targets: TargetsConfig
+    guarantee: GuaranteeConfig
+    drift: DriftConfig
+    batch: int
 
 
 class Decided(NamedTuple):
-    """What was written.
+    """What a policy decided on a model.
 
     Attributes:
-      facts: `rows`, one a target; `curve`; `drift`.
-      arrays: `exits`, `answers` and `correct`, each `[rows, N]` on the test split, and for each row
-        of `drift` its losses.
+      rows: in the columns of the results table, one a target, and its dict as `json_target`;
+        `class_exit_fractions` [C][E] beside them.
+      curve: rows of the cost curve.
+      policies: by the exits in use, as `eejax.policies.to_arrays` describes the fitted policy; of
+        a cascade those that some row uses.
+      drift: a row for each corruption, severity and target.
+      arrays: `exits`, `predictions` and `correct`, each `[rows, N]` on the test split;
+        `drift_0`, `drift_1`, ...: the losses `[images]` of each row of `drift`; and the arrays of
+        each policy.
     """
 
-    facts: dict[str, Any]
+    rows: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
+    policies: dict[str, Any]
+    drift: list[dict[str, Any]]
     arrays: dict[str, np.ndarray]
 
 
-def key(subject: Subject, policy: str, settings: Settings) -> str:
-    """The name of its files, which changes with everything that changes the result."""
+class Choice(NamedTuple):
+    """A policy on a model, and what it decided."""
+
+    model: Model
+    policy: str
+    decided: Decided
+
+
+def path(model: Model, policy: str, settings: Settings, workdir: Path) -> Path:
+    """Where a decision is kept; changes with everything that changes the result."""
     made_of = [
-        _sources(),
-        [cell.key for cell in subject.cells],
-        subject.cost,
-        subject.ms,
+        sources(),
+        [cell.key for cell in model.cells],
+        model.cost,
+        model.ms,
         policy,
         [to_json(part) for part in settings[:3]],
         settings.batch,
     ]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{subject.name}-seed{subject.seed}-{policy}-{digest}"
+    return workdir / "decisions" / f"{model.name}-seed{model.seed}-{policy}-{digest}.json"
 
 
 @functools.cache
-def _sources() -> str:
-    files = [module.__file__ for module in _DECIDING] + [__file__]
-    return hashlib.sha256(b"".join(Path(str(f)).read_bytes() for f in files)).hexdigest()
+def sources() -> str:
+    """A hash of the code that decides."""
+    text = b"".join(modules[name].read_bytes() for modules in [deciding()] for name in modules)
+    return hashlib.sha256(text).hexdigest()
 
 
-def decide(subject: Subject, policy: str, settings: Settings, workdir: Path) -> None:
-    """Decides and writes; what is there already is left alone."""
-    place = workdir / "decisions"
-    place.mkdir(parents=True, exist_ok=True)
-    name = key(subject, policy, settings)
-    if (place / f"{name}.json").exists():
-        return
-    decided = _decided(subject, policy, settings, workdir)
-    with replacing(place / f"{name}.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, **decided.arrays)  # type: ignore[arg-type]
-    with replacing(place / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(decided.facts))
+@functools.cache
+def deciding() -> dict[str, Path]:
+    """The modules that decide, and their files: this one and all that it imports, but for APART."""
+    waiting, files = [__name__], {}
+    while waiting:
+        name = waiting.pop()
+        if name in files or name.startswith(APART) or not name.startswith(("eejax", "experiments")):
+            continue
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # a function or class: `from module import name`
+            continue
+        if spec is None or spec.origin is None:
+            continue
+        files[name] = Path(spec.origin)
+        # What a package gathers for its users (`eejax.policies`) counts; `eejax` gathers all.
+        if name in ("eejax", "experiments"):
+            continue
+        for node in ast.walk(ast.parse(files[name].read_text())):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return dict(sorted(files.items()))
 
 
-def read(subject: Subject, policy: str, settings: Settings, workdir: Path) -> Decided | None:
-    """What `decide` wrote, or None."""
-    path = workdir / "decisions" / f"{key(subject, policy, settings)}.json"
-    if not path.exists():
-        return None
-    with np.load(path.with_suffix(".npz")) as stored:
-        return Decided(json.loads(path.read_text()), dict(stored))
+def decide(model: Model, policy: str, settings: Settings, workdir: Path) -> None:
+    """Decides and writes."""
+    target = path(model, policy, settings, workdir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    *parts, arrays = _decided(model, policy, settings, workdir)
+    with replacing(target.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    with replacing(target) as temporary:
+        temporary.write_text(json.dumps(parts))
 
 
-def _decided(subject: Subject, policy: str, settings: Settings, workdir: Path) -> Decided:
-    traces = subject_traces(subject, workdir)
-    some = families(subject, policy, traces)
-    rows, routes = [], []
-    for row, family, limits in for_targets(some, policy, traces, settings, subject):
-        routed = None
-        if limits is not None:
-            routed = route(family.test, limits)
-            row |= _outcome(routed, family, traces.test, limits)
-            if policy == "vote":
-                row["ece"] = None  # its answer counts votes, and is no probability
-        rows.append(row)
-        routes.append(routed)
-    arrays = _arrays(routes, traces.test)
-    drift, losses = [], {}
-    if policy in settings.drift.policies and subject.name != CASCADE:
-        drift, losses = drifted(subject, policy, traces, rows, settings.drift, workdir)
-    facts = {
-        "rows": rows,
-        "curve": _curve(some, traces, max(subject.cost), settings.targets.curve),
-        "drift": drift,
-    }
-    return Decided(facts, arrays | losses)
+def read(model: Model, policy: str, settings: Settings, workdir: Path) -> Decided:
+    """Reads what `decide` wrote."""
+    target = path(model, policy, settings, workdir)
+    with np.load(target.with_suffix(".npz")) as stored:
+        return Decided(*json.loads(target.read_text()), dict(stored))
 
 
-def _outcome(routed: Routed, family: Family, test: Trace, limits: np.ndarray) -> dict[str, Any]:
-    """What thresholds come to on the test split."""
-    result = metrics.outcome(routed, test.labels, family.cost)
-    correct = family.test.predictions == test.labels[:, None]
-    classes = family.test.logits.shape[-1]
-    by_class = metrics.exit_fractions_by_class(routed.exits, test.labels, classes, len(family.cost))
-    answers = routed.logits.argmax(-1)
-    return {
-        "thresholds": [float(t) for t in limits],
-        "accuracy": result.accuracy,
-        "cost": result.mean_cost,
-        "ms": float(family.ms[routed.exits].mean()) if len(family.ms) else None,
-        "exit_fractions": result.exit_fractions.tolist(),
-        "ece": metrics.expected_calibration_error(routed.logits, test.labels),
-        "random": metrics.random_at_equal_rates(correct, result.exit_fractions),
-        "oracle": metrics.oracle_accuracy(correct, family.cost, result.mean_cost),
-        "last_accuracy": float(correct[:, -1].mean()),
-        "disagreement": float((answers != family.test.predictions[:, -1]).mean()),
-        "class_exit_fractions": by_class.tolist(),
-    }
-
-
-def _arrays(routes: list[Routed | None], test: Trace) -> dict[str, np.ndarray]:
-    n = len(test.labels)
-    exits, answers = np.full((len(routes), n), 255, np.uint8), np.full((len(routes), n), -1, int)
-    for i, routed in enumerate(routes):
+def _decided(model: Model, policy: str, settings: Settings, workdir: Path) -> Decided:
+    traces, targets = model_traces(model, workdir), settings.targets
+    views = _views(model, policy, traces)
+    wanted = Targets(
+        targets.budgets,
+        targets.drops,
+        targets.budgets_ms,
+        targets.geometric,
+        curve=targets.curve,
+        batch=settings.batch,
+    )
+    decisions, points = evaluate.decide(views, wanted, highest=max(model.cost))
+    if policy in settings.guarantee.policies and model.name != CASCADE:
+        ids = compare_cells.training_ids(model.cells[0].run)
+        decisions += certified(views[0], traces, settings.guarantee, ids)
+    rows, labels = [], traces.test.labels
+    exits = np.full((len(decisions), len(labels)), 255, np.uint8)
+    predictions = np.full((len(decisions), len(labels)), -1, np.int16)
+    for i, decision in enumerate(decisions):
+        row, routed = outcome(decision, traces.test)
+        row["json_target"] = decision.target
         if routed is not None:
-            exits[i], answers[i] = routed.exits, routed.logits.argmax(-1)
-    correct = answers == test.labels[None]
-    return {"exits": exits, "answers": answers.astype(np.int16), "correct": correct}
+            exits[i], predictions[i] = routed.exits, routed.logits.argmax(-1)
+            classes = decision.view.test.logits.shape[-1]
+            by_class = metrics.exit_fractions_by_class(
+                routed.exits, labels, classes, len(decision.view.cost)
+            )
+            row["class_exit_fractions"] = by_class.tolist()
+        rows.append(row)
+    arrays = {"exits": exits, "predictions": predictions, "correct": predictions == labels[None]}
+    drift, losses = [], {}
+    if policy in settings.drift.policies and model.name != CASCADE:
+        drift, losses = _drifted(model, views[0], traces, rows, settings.drift, workdir)
+    curve = [outcome(point, traces.test)[0] for point in points]
+    descriptions = {}
+    for view in {d.view.exits: d.view for d in decisions}.values():
+        key = _policy_key(view.exits)
+        descriptions[key], parts = policies.to_arrays(view.policy)
+        arrays |= {f"{key}:{name}": part for name, part in parts.items()}
+    return Decided(rows, curve, descriptions, drift, arrays | losses)
 
 
-def _curve(
-    some: list[Family], traces: Traces, dearest: float, points: int
-) -> list[dict[str, float]]:
-    """Test accuracy and cost at budgets over the whole range, each chosen for on `choose`."""
-    cheapest = min(f.cost[0] for f in some)
-    budgets = np.linspace(cheapest, dearest, points)
-    best: list[Any] = [None] * points
-    for family in some:
-        able = np.flatnonzero(budgets >= family.cost[0])
-        correct = family.choose.predictions == traces.choose.labels[:, None]
-        found = thresholds.for_budgets(family.choose.scores, correct, family.cost, budgets[able])
-        for i, choice in zip(able, found, strict=True):
-            if best[i] is None or choice.accuracy > best[i][0].accuracy:
-                best[i] = (choice, family)
-    rows = []
-    for choice, family in best:
-        routed = route(family.test, choice.thresholds)
-        result = metrics.outcome(routed, traces.test.labels, family.cost)
-        rows.append({"cost": result.mean_cost, "accuracy": result.accuracy})
-    return rows
+def fitted(decided: Decided, exits: Sequence[int]) -> Policy:
+    """The policy that a decision fitted for these exits, or members of a cascade."""
+    prefix = f"{_policy_key(exits)}:"
+    arrays = {
+        name.removeprefix(prefix): array
+        for name, array in decided.arrays.items()
+        if name.startswith(prefix)
+    }
+    return policies.from_arrays(decided.policies[_policy_key(exits)], arrays)
+
+
+def _policy_key(exits: Sequence[int]) -> str:
+    return "policy " + " ".join(map(str, exits))
+
+
+def model_traces(model: Model, workdir: Path) -> Traces:
+    """The traces of a model; those of a cascade have a member where a network has an exit."""
+    members = [compare_cells.traces(cell, workdir) for cell in model.cells]
+    return Traces(*(_together(parts) for parts in zip(*members, strict=True)))
+
+
+def _together(parts: tuple[Trace, ...]) -> Trace:
+    assert all((part.ids == parts[0].ids).all() for part in parts)
+    logits = np.concatenate([part.logits for part in parts], axis=1)
+    gates = np.concatenate([part.gates for part in parts], axis=1)
+    return parts[0]._replace(logits=logits, gates=gates)
+
+
+def _views(model: Model, policy: str, traces: Traces) -> list[View]:
+    """All exits of a network; of a cascade every choice of up to three members."""
+    every = range(len(model.cost))
+    cost, ms = np.asarray(model.cost), np.asarray(model.ms)
+    if model.name != CASCADE:
+        return [evaluate.view(policy, traces, tuple(every), cost, ms)]
+    counts = range(1, MOST_MEMBERS + 1)
+    choices = itertools.chain(*(itertools.combinations(every, count) for count in counts))
+    return [
+        evaluate.view(
+            policy,
+            traces,
+            members,
+            np.cumsum(cost[list(members)]),
+            np.cumsum(ms[list(members)]) if len(ms) else ms,
+        )
+        for members in choices
+    ]
+
+
+def _drifted(
+    model: Model,
+    view: View,
+    traces: Traces,
+    rows: Sequence[dict[str, Any]],
+    config: DriftConfig,
+    workdir: Path,
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The thresholds of the first budget and of the first risk on corrupted test images.
+
+    Returns:
+      A row for each corruption, severity and target, clean images first, as severity 0; and the
+      losses of each row.
+    """
+    count = min(config.images, len(traces.test.labels))
+    place = model.cells[0].directory(workdir)
+    sets = [("clean", 0, compare_cells.select(traces.test, np.arange(count)))]
+    for kind, severity in itertools.product(config.kinds, config.severities):
+        file = f"{compare_cells.drift_name(kind, severity, count)}.npz"
+        sets.append((kind, severity, read_trace(place / file)))
+    drift, losses = [], {}
+    for kind, severity, trace in sets:
+        scored = score(view.policy, trace)
+        for row in _shown(rows):
+            routed = route(scored, row["thresholds"])
+            result = metrics.outcome(routed, trace.labels, view.cost)
+            labels = trace.labels if row["loss"] == "error" else scored.predictions[:, -1]
+            losses[f"drift_{len(drift)}"] = routed.logits.argmax(-1) != labels
+            words = {"corruption": kind, "severity": severity, "target": row["json_target"]}
+            drift.append({**words, "accuracy": result.accuracy, "cost": result.mean_cost})
+    return drift, losses
+
+
+def _shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first budget's row, and the first risk's, by betting where that was asked; the same for
+    every seed, without those that cannot be met."""
+    budgets = [row for row in rows if row["target_kind"] == "budget"]
+    risks = [row for row in rows if row["target_kind"] == "risk"]
+    betting = [row for row in risks if row["method"] == "betting"]
+    return [row for row in (*budgets[:1], *(betting or risks)[:1]) if "error" not in row]

@@ -14,22 +14,21 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.panel import Panel
 
+from eejax.policies import POLICIES
 from eejax.training import REGIMES
 from experiments.command_line import read_run, to_json
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
 from experiments.compare import report as compare_report
-from experiments.compare import results as compare_results
 from experiments.compare import timing as compare_timing
 from experiments.compare.cells import PLAIN, Cell
-from experiments.compare.choose import CASCADE, Settings, Subject
 from experiments.compare.cli import Arguments
 from experiments.compare.config import Comparison
-from experiments.compare.differences import Answer, correct_at_last
-from experiments.compare.results import Facts
-from experiments.compare.timing import Contender
-from experiments.report import report
-from experiments.report.environment import circumstances
+from experiments.compare.decide import CASCADE, Choice, Model, Settings
+from experiments.compare.differences import correct_at_last
+from experiments.compare.results import assemble
+from experiments.report.environment import describe
+from experiments.report.files import write_json
 from experiments.train import pool as compare_pool
 from experiments.train import trained
 from experiments.train.pool import Job
@@ -44,12 +43,12 @@ class Prepared(NamedTuple):
 
     Attributes:
       workdir: its directory, with `config.json`.
-      facts: what the report opens with.
-      console: where everything is shown.
+      environment: data set, device, versions, command and date, for the report.
+      console: for messages.
     """
 
     workdir: Path
-    facts: dict[str, Any]
+    environment: dict[str, Any]
     console: Console
 
 
@@ -73,7 +72,7 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
             raise ValueError(f"{name}: {batch} for {len(images)} images; give a smaller batch.")
     for cell in compare_cells.cells(config):  # made here, so that a mistake is no failed training
         trained.network(cell.run)
-    facts = {
+    environment = {
         "dataset": dataset.name,
         "data_source": dataset.source,
         "notice": dataset.notice,
@@ -82,18 +81,18 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
             name: len(getattr(dataset, name).labels)
             for name in ("train", "calibrate", "choose", "certify", "test")
         },
-        **circumstances("experiments.compare", argv, datetime.datetime.now().astimezone()),
+        **describe("experiments.compare", argv, datetime.datetime.now().astimezone()),
     }
     if arguments.resume:
         # By its stored name the data set is no fall-back any more; the comparison still is.
-        facts["notice"] = read_run(workdir).get("notice", "")
+        environment["notice"] = read_run(workdir).get("notice", "")
     stored = to_json(config)
     stored["data"]["name"] = dataset.name
-    report.write_json(workdir / "config.json", {**facts, "config": stored})
-    if facts["notice"]:
-        console.print(Panel(facts["notice"], title="NOTICE", style="bold yellow"))
+    write_json(workdir / "config.json", {**environment, "config": stored})
+    if environment["notice"]:
+        console.print(Panel(environment["notice"], title="NOTICE", style="bold yellow"))
     console.print(f"{dataset.name}: {dataset.source}\neverything goes to {workdir}")
-    return Prepared(workdir, facts, console)
+    return Prepared(workdir, environment, console)
 
 
 def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
       KeyboardInterrupt: a signal came; what is done is kept.
     """
     config = arguments.run
-    workdir, facts, console = prepared
+    workdir, environment, console = prepared
     workers = arguments.jobs or compare_pool.default_workers()
     seconds: dict[str, float] = {}
 
@@ -127,36 +126,41 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
     if not any(cell.kind == "regime" for cell in cells):
         raise NothingToCompare(f"every network failed, the first with: {failures[0].error}")
 
-    # Who decides on what: every policy on every network with early exits, and on the cascade.
+    # Every policy on every network with early exits, and on the cascade.
     with _timer(seconds, "measuring"):
-        subjects = _subjects(cells, config, workdir)
+        models = _models(cells, config, workdir)
     settings = Settings(config.targets, config.guarantee, config.drift, config.timing.batch)
-    pairs = [(s, p) for s in subjects for p in _policies(s, config)]
+    pairs = [(m, p) for m in models for p in _policies(m, config)]
     jobs = [
-        Job(f"{s.name}, seed {s.seed}, {p}", compare_decide.decide, (s, p, settings, workdir))
-        for s, p in pairs
-        if compare_decide.read(s, p, settings, workdir) is None
+        Job(f"{m.name}, seed {m.seed}, {p}", compare_decide.decide, (m, p, settings, workdir))
+        for m, p in pairs
+        if not compare_decide.path(m, p, settings, workdir).exists()
     ]
     with _timer(seconds, "choosing"):
         failures += compare_pool.run("decisions", jobs, workers, console)[1]
-    answers = []
-    for subject, policy in pairs:
-        found = compare_decide.read(subject, policy, settings, workdir)
-        if found is not None:
-            answers.append(Answer(subject, policy, found))
-    if not answers:
+    choices = [
+        Choice(m, p, compare_decide.read(m, p, settings, workdir))
+        for m, p in pairs
+        if compare_decide.path(m, p, settings, workdir).exists()
+    ]
+    if not choices:
         raise NothingToCompare(f"every decision failed, the first with: {failures[0].error}")
 
     # Wall-clock time, with nothing else running.
     with _timer(seconds, "timing"), console.status("timing compiled inference"):
-        timing, placement = _measure(answers, cells, config, workdir)
+        timing, placement = _measure(choices, cells, config, workdir)
 
     with _timer(seconds, "statistics"), console.status("statistics and pictures"):
-        results = compare_results.assemble(
-            Facts(facts, seconds, failures, timing, placement), config, cells, answers, workdir
-        )
-        compare_report.write(workdir, results)
-    console.print(compare_report.console_table(results))
+        figures, table = assemble(config, cells, choices, timing, placement, workdir)
+        results = {
+            **environment,
+            "seeds": list(config.seeds),
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "failed": [{"cell": f.name, "error": f.error} for f in failures],
+            **figures,
+        }
+        compare_report.write(workdir, results, table)
+    console.print(compare_report.console(results, table))
     for failure in failures:
         console.print(f"FAILED {failure.name}: {failure.error}", style="red")
     console.print(f"\nreport: {workdir / 'report.html'}")
@@ -174,16 +178,15 @@ def _timer(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.monotonic() - began
 
 
-def _subjects(cells: Sequence[Cell], config: Comparison, workdir: Path) -> list[Subject]:
+def _models(cells: Sequence[Cell], config: Comparison, workdir: Path) -> list[Model]:
     """What policies decide on, with costs in one unit for all: the plain network's.
 
     Equal networks take equal time, so one is measured for all regimes and seeds.
     """
     plain = next((c for c in cells if c.name == PLAIN), None)
     if plain is None:
-        raise NothingToCompare("the plain network failed, which everything is measured by")
+        raise NothingToCompare("the plain network failed, and costs are fractions of its cost")
     whole = compare_cells.macs(plain)[-1]
-    early = [cell for cell in cells if cell.kind == "regime"]
 
     def cost(cell: Cell) -> tuple[float, ...]:
         return tuple((compare_cells.macs(cell) / whole).tolist())
@@ -192,30 +195,32 @@ def _subjects(cells: Sequence[Cell], config: Comparison, workdir: Path) -> list[
         if not config.targets.budgets_ms:
             return ()
         timing = config.timing
-        one = next(c for c in cells if (c.network, c.ends_at) == (cell.network, cell.ends_at))
-        return tuple(compare_timing.unit_ms(one, workdir, timing.batch, timing.repeats).cumulative)
+        alike = next(c for c in cells if (c.network, c.ends_at) == (cell.network, cell.ends_at))
+        units = compare_timing.unit_ms(alike, workdir, timing.batch, timing.repeats)
+        return tuple(units.cumulative)
 
-    found = [Subject(c.name, c.seed, (c,), cost(c), ms(c)) for c in early]
-    if config.static.enabled:
-        for seed in config.seeds:
-            members = [c for c in cells if c.kind == "static" and c.seed == seed]
-            members.sort(key=lambda c: compare_cells.macs(c)[-1])
-            if len(members) > 1:
-                costs = tuple(cost(member)[-1] for member in members)
-                times = tuple(t for member in members for t in ms(member)[-1:])
-                found.append(Subject(CASCADE, seed, tuple(members), costs, times))
-    return found
+    early = [cell for cell in cells if cell.kind == "regime"]
+    models = [Model(c.name, c.seed, (c,), cost(c), ms(c)) for c in early]
+    for seed in config.seeds if config.static.enabled else ():
+        members = [c for c in cells if c.kind == "static" and c.seed == seed]
+        members.sort(key=lambda c: compare_cells.macs(c)[-1])
+        if len(members) > 1:
+            costs = tuple(cost(member)[-1] for member in members)
+            times = tuple(t for member in members for t in ms(member)[-1:])
+            models.append(Model(CASCADE, seed, tuple(members), costs, times))
+    return models
 
 
-def _policies(subject: Subject, config: Comparison) -> list[str]:
+def _policies(model: Model, config: Comparison) -> list[str]:
     """A cascade stops by confidence; a gate has to be trained."""
-    if subject.name == CASCADE:
+    if model.name == CASCADE:
         return [config.policies[0]]
-    return [p for p in config.policies if p != "gate" or REGIMES[subject.name].trains_gate]
+    gate = REGIMES[model.cells[0].train.regime].trains_gate
+    return [p for p in config.policies if gate or not POLICIES[p].needs_gate]
 
 
 def _measure(
-    answers: Sequence[Answer], cells: Sequence[Cell], config: Comparison, workdir: Path
+    choices: Sequence[Choice], cells: Sequence[Cell], config: Comparison, workdir: Path
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of times, the plain network's first, and of exits to keep; networks of one seed."""
     seed, timing = config.seeds[0], config.timing
@@ -225,48 +230,41 @@ def _measure(
     if first is None or not static or static[0].name != PLAIN:
         return [], []
     units = compare_timing.unit_ms(first, workdir, timing.batch, timing.repeats)
-    contenders = []
+    schemes = []
     for cell in static:
-        correct = float(correct_at_last(compare_cells.traces(cell, workdir).test).mean())
-        row = {"regime": "static", "policy": cell.name, "accuracy": correct}
-        contenders.append(Contender(row, (cell,), None, None, ()))
-    contenders += [
-        contender
-        for answer in answers
-        if answer.subject.seed == seed and answer.policy in timing.policies
-        for contender in _contenders(answer)
+        accuracy = float(correct_at_last(compare_cells.traces(cell, workdir).test).mean())
+        row = {"regime": "static", "policy": cell.name, "accuracy": accuracy}
+        schemes.append(compare_timing.Scheme(row, (cell,)))
+    schemes += [
+        scheme
+        for choice in choices
+        if choice.model.seed == seed and choice.policy in timing.policies
+        for scheme in _timed_schemes(choice)
     ]
     placement = []
-    able = [p for p in timing.policies if p != "gate" or REGIMES[first.name].trains_gate]
+    gate = REGIMES[first.train.regime].trains_gate
+    able = [p for p in timing.policies if gate or not POLICIES[p].needs_gate]
     for share, policy in itertools.product(timing.keep_exits, able[:1]):
         budget = share * float(units.cumulative[-1])
-        chosen, row = compare_timing.placed(first, policy, units, budget, workdir)
+        more, row = compare_timing.placed(first, policy, units, budget, workdir)
         placement.append(row)
-        if chosen is None:
-            continue
-        both: list[tuple[tuple[int, ...] | None, Any]] = [(chosen.exits, chosen.thresholds)]
-        if chosen.whole is not None:
-            both.append((None, chosen.whole.thresholds))
-        for kept, limits in both:
-            words = {"regime": first.name, "policy": policy, "placement": budget}
-            words["all"] = kept is None
-            limits = tuple(map(float, limits))
-            contenders.append(Contender(words, (first,), kept, policy, limits))
-    rows = compare_timing.timed(contenders, units, workdir, timing.batch, timing.repeats)
+        schemes += more
+    rows = compare_timing.timed(schemes, units, workdir, timing.batch, timing.repeats)
     return rows, placement
 
 
-def _contenders(answer: Answer) -> Iterator[Contender]:
+def _timed_schemes(choice: Choice) -> Iterator[compare_timing.Scheme]:
     """What is timed of a policy: its thresholds for each budget."""
-    subject = answer.subject
-    for row in answer.decided.facts["rows"]:
-        budget = row["target"]["kind"] in ("budget", "ms") and row["search"] == "optimal"
+    model = choice.model
+    for row in choice.decided.rows:
+        budget = row["target_kind"] in ("budget", "ms") and row["search"] == "optimal"
         if not budget or "error" in row:
             continue
-        cascade = len(subject.cells) > 1
-        own = tuple(subject.cells[e] for e in row["exits"]) if cascade else subject.cells
-        if cascade and len(own) == 1:
+        cascade = model.name == CASCADE
+        cells = tuple(model.cells[e] for e in row["exits"]) if cascade else model.cells
+        if cascade and len(cells) == 1:
             continue  # a plain network by itself, which is timed already
-        words = {"regime": subject.name, "policy": answer.policy, "target": row["target"]}
+        words = {"regime": model.name, "policy": choice.policy, "target": row["json_target"]}
         words |= {"accuracy": row["accuracy"], "cost": row["cost"]}
-        yield Contender(words, own, None, answer.policy, tuple(row["thresholds"]))
+        policy = compare_decide.fitted(choice.decided, row["exits"])
+        yield compare_timing.Scheme(words, cells, None, policy, tuple(row["thresholds"]))

@@ -1,391 +1,420 @@
-"""What a comparison leaves for people: results.json, report.html, results.csv, table.tex, figures.
+"""The report of a comparison: results.json, results.csv, report.html, table.tex and figures/.
 
-    write(workdir, results)
-    console.print(console_table(results))
+    write(workdir, results, table)
+    console.print(console(results, table))
 
-`results` is one dict of plain data. Costs are fractions of the plain network's multiply-accumulates
-(`whole_macs`), accuracies and risks fractions too. S is a spread over seeds, {mean, low, high,
-seeds}: their mean, what range to show around it (None for one seed), and each value. T is a target:
-
-    {kind: budget, value} | {kind: ms, value, batch} | {kind: drop, value}
-    {kind: risk, value, loss, delta, method, path} | {kind: certificate, value, budget, loss, ...}
-
-Parts, of which any may be missing or empty but `dataset`:
-
-    dataset, data_source, notice, command, date, device, versions, seeds, network, seconds, samples,
-    classes, whole_macs, failed [{cell, error}], reference {regime, policy}
-    regimes      [{name, exits [{cost, accuracy S, ece}], overthinking, oracle [{cost, accuracy}]}]
-    static       [{name, cost, macs, accuracy S, ms}]: plain networks trained alone
-    rows         [{regime, policy, target T, search, accuracy S, cost S, exit_fractions [E], ece,
-                   random, oracle, met, error, class_exit_fractions [C][E], thresholds}]; a risk or
-                   certificate has `risk` S and `certified`, a number of seeds, too
-    curves       [{regime, policy, points [{cost, accuracy, low, high}], area S}], area_range
-    differences  [{target T, a, b, difference, low, high, p, adjusted_p, significant, seeds
-                   {seed: difference}, cost_difference}], comparisons, level, draws
-    agreement    [{regime, target, policies [P], exits [P][P], answers [P][P]}]
-    timing       [{regime or static or cascade, policy, target, strategy, batch, ms, spread,
-                   plain_ms, ideal_ms, speedup, efficiency, accuracy, cost}]
-    drift        [{corruption, severity, regime, policy, target, accuracy, cost, seeds, risk,
-                   interval, epsilon, broken, holds}]; severity 0 is the clean test images, broken
-                   and seeds are numbers of seeds
-    placement    [{regime, policy, budget_ms, batch, kept, of, accuracy, ms, all_accuracy, all_ms,
-                   search}], or an error
-
-The regime "cascade" is the cascade of the static networks.
+`results` is the dict of results.json, see `experiments.compare.results`; `table` is the results
+table, from which everything comes that is a figure of one scheme, seed and target.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 from rich.console import Group
 from rich.text import Text
 
-from experiments.compare import plot, tables, words
-from experiments.compare.page import SCRIPT, STYLE, charts, heat, sentences
-from experiments.compare.terms import (
-    Results,
-    gaps,
-    is_promise,
-    leading_target,
-    number,
-    real,
-    reference,
-    rows_at,
-    scheme,
-    scheme_words,
-    target_words,
-    targets,
-)
 from experiments.data.cache import replacing
-from experiments.report import page, report
-from experiments.report.words import Cells, listed, macs_words
+from experiments.report import page, plots
+from experiments.report import table as results_table
+from experiments.report.files import write_json
+from experiments.report.plots import Series
+from experiments.report.report import DESCRIPTION, made, overthinking
+from experiments.report.table import over_seeds, shown, target_words
 
-_MOST_CLASSES = 20
+Results = Mapping[str, Any]
+MARK = "*"
+"""After a change that is significant."""
+
+_MOST_CLASSES = 40
+_TARGET_COLUMNS = ["regime", "policy", "search", "accuracy", "cost", "met", "ece"]
+_TARGET_COLUMNS += ["random", "oracle", "exit_fractions"]
+_GUARANTEE_COLUMNS = ["regime", "policy", "target", "seeds", "risk", "accuracy", "cost", "met"]
+_TIME_COLUMNS = ["regime", "policy", "target", "executor", "batch", "accuracy", "cost", "ms"]
+_TIME_COLUMNS += ["spread", "plain_ms", "ideal_ms", "speedup", "efficiency"]
 
 
-def write(workdir: Path, results: Results) -> None:
-    """Writes results.json, report.html, results.csv, table.tex and figures/*.svg, *.pdf.
+def write(workdir: Path, results: Results, table: pd.DataFrame) -> None:
+    """Writes all files.
 
     Args:
-        workdir: where to; it is made if need be.
-        results: see the module.
+      workdir: where to; made if need be.
+      results: see the module.
+      table: the results table.
     """
-    workdir = Path(workdir)
-    report.write_json(workdir / "results.json", results)
-    texts = {"report.html": html(results), "results.csv": tables.csv_text(results)}
-    texts["table.tex"] = tables.tex_text(results)
-    for name, text in texts.items():
-        with replacing(workdir / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    plot.save(workdir / "figures", results)
+    write_json(workdir / "results.json", results)
+    results_table.write_csv(workdir / "results.csv", table)
+    means = over_seeds(table[table["executor"].isna()])
+    with replacing(workdir / "table.tex") as temporary:
+        temporary.write_text(latex(results, means), encoding="utf-8")
+    figures = _figures(results, table)
+    plots.save(workdir / "figures", figures)
+    guarantees = means[means["target_kind"].isin(results_table.GUARANTEES)]
+    searched = means[means["target_kind"].isin(results_table.SEARCHED)]
+    page.write(
+        workdir / "report.html",
+        "comparison.html",
+        title=f"eejax comparison: {results['dataset']}",
+        notices=_notices(results),
+        headline=headline(results, means),
+        figures=figures,
+        summary=summary(results, means),
+        target=_target(searched),
+        reference=_name(results["reference"]),
+        targets={
+            str(name): _with_change(results, rows, shown(rows, _TARGET_COLUMNS))
+            for name, rows in searched.groupby("target", sort=False)
+        },
+        errors=shown(means[means["error"].notna()], ["regime", "policy", "target", "error"]),
+        differences=_difference_table(results),
+        tested=tested(results),
+        exits=shown(
+            means[means["target_kind"] == "exit"], ["regime", "target", "accuracy", "cost", "ece"]
+        ),
+        overthinking={r["name"]: overthinking(r["overthinking"]) for r in results["regimes"]},
+        static=shown(
+            means[means["target_kind"] == "network"], ["policy", "macs", "cost", "accuracy"]
+        ),
+        areas=_area_table(results),
+        time=shown(results_table.timed(table), _TIME_COLUMNS),
+        guarantees=shown(guarantees, _GUARANTEE_COLUMNS),
+        drift=_drift_groups(results),
+        placement=_placement_table(results),
+        made=made(results),
+        columns=DESCRIPTION,
+    )
 
 
-def console_table(results: Results) -> Group:
-    """The leading target's rows and the main sentences, in plain ASCII for 80 columns."""
-    target = leading_target(results)
-    parts: list[Any] = [Text(f"{results['dataset']}: comparison", style="bold")]
-    parts += [Text(f"NOTICE: {t}", style="bold yellow") for t in _notes(results)]
-    parts += [Text(_ascii(" ".join(words.headline(results)))), Text("")]
-    if target is not None:
-        cells = tables.target_cells(results, target, brief=True)
-        rows = tuple(tuple(map(_ascii, row)) for row in cells.rows)
-        parts += [report._rich(f"At {target_words(target)}", cells._replace(rows=rows)), Text("")]
-        parts += [Text(f"{tables.MARK} significant. {words.corrected(results)}", style="dim")]
-    said = [*words.randomness(results), *words.promises(results)[1:], *words.drifts(results)]
-    return Group(*parts, *(Text(_ascii(text)) for text in said))
+def console(results: Results, table: pd.DataFrame) -> Group:
+    """The headline and the summary for the terminal, in plain ASCII."""
+    means = over_seeds(table[table["executor"].isna()])
+    parts: list[Any] = [Text(f"NOTICE: {n}", style="bold yellow") for n in _notices(results)]
+    parts += [Text(headline(results, means).replace("±", "+-")), Text("")]
+    parts += [results_table.rich_table(summary(results, means))]
+    return Group(*parts, Text(f"{MARK} significant. {tested(results)}", style="dim"))
 
 
-def html(results: Results) -> str:
-    """The page: one file that fetches nothing, and is whole without its script."""
-    sections = [
-        ("made", "How it was made", [page.facts(_facts(results))]),
-        ("macs", "Accuracy against computation", _macs_blocks(results)),
-        ("time", "Accuracy against measured time", _time_blocks(results)),
-        ("targets", "At each target", _target_blocks(results)),
-        ("area", "Area under the curve", _area_blocks(results)),
-        ("significant", "What is significant", _significant_blocks(results)),
-        ("calibration", "The exits and their calibration", _exit_blocks(results)),
-        ("classes", "Where each class leaves", _class_blocks(results)),
-        ("agreement", "Agreement between policies", _agreement_blocks(results)),
-        ("guarantees", "Guarantees", _promise_blocks(results)),
-        ("drift", "Under corrupted images", _drift_blocks(results)),
-        ("placement", "Which exits to keep", _placement_blocks(results)),
-        ("files", "Files", _file_blocks(results)),
+def headline(results: Results, means: pd.DataFrame) -> str:
+    """The result of the reference, which is not picked by its accuracy on the test images, and how
+    many others differ from it; a loss reads like a gain."""
+    reference = results["reference"]
+    rows = _usual(means, _target(means))
+    row = rows[_is(rows, reference)].dropna(subset="accuracy")
+    plain = means[(means["target_kind"] == "network") & (means["policy"] == "plain network")]
+    if row.empty or plain.empty:
+        return f"{_name(reference)} has no result at {_target(means)}."
+    words = (
+        f"At {100 * row['cost'].iloc[0]:.0f} % of the plain network's multiply-accumulates, "
+        f"{_name(reference)} classifies {_spread(row)} % of the test images correctly; the plain "
+        f"network classifies {_spread(plain)} %."
+    )
+    gaps = [g for g in _gaps(results, rows["target"].iloc[0]) if g["b"] == reference]
+    if not gaps:
+        return words
+    better = sum(g["significant"] and g["difference"] > 0 for g in gaps)
+    worse = sum(g["significant"] and g["difference"] < 0 for g in gaps)
+    return (
+        f"{words} Of {len(gaps)} other schemes, {better} differ from it significantly for the "
+        f"better and {worse} for the worse."
+    )
+
+
+def summary(results: Results, means: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy and cost at the leading target: a row a policy, two columns a regime."""
+    rows = _usual(means, _target(means)).dropna(subset="accuracy")
+    cells = shown(rows, ["accuracy", "cost"])
+    significant = [_significant(results, row) for _, row in rows.iterrows()]
+    cells["accuracy %"] = [
+        word + (f" {MARK}" if mark else "")
+        for word, mark in zip(cells["accuracy %"], significant, strict=True)
     ]
-    body = [page.paragraph(f"Notice: {text}", "note") for text in _notes(results)]
-    first, *rest = words.headline(results)
-    body += [page.paragraph(first, "lead"), sentences(rest)]
-    body += [page.navigation([(identity, heading) for identity, heading, _ in sections])]
-    body += [page.section(*parts) for parts in sections]
-    title = f"eejax comparison: {results['dataset']}"
-    return page.document(title, body, style=STYLE, script=SCRIPT)
-
-
-# --- the sections of the page
-
-
-def _macs_blocks(results: Results) -> list[str]:
-    panels = plot.mac_panels(results)
-    static = tables.static_cells(results)
-    text = (
-        "A panel a training regime, a line a policy: accuracy on the test images as its thresholds "
-        "move, with a band over seeds. Higher and further left is better. Diamonds are plain "
-        "networks trained alone with the same training; those that no cheaper one beats are "
-        "connected, and a policy below that line is not worth its exits. The oracle knows the "
-        "labels: no policy can pass it."
-    )
-    return [*_charts(panels, text, "chart-macs"), *_table(static, "No plain network was trained.")]
-
-
-def _time_blocks(results: Results) -> list[str]:
-    panels = plot.time_panels(results)
-    if not panels:
-        return [page.paragraph("No time was measured.", "soft")]
-    text = (
-        "The same trade in wall-clock time: each point is a policy at one of its targets, run by "
-        "a compiled program that really stops, with heads, scores and gathering inside the timer."
-    )
-    below = page.paragraph(
-        "Times are of a batch. Speedup is the plain network's time, run as fast as it goes, over "
-        "the measured one, below 1 a loss; efficiency is the ideal time, that of the stages which "
-        "the images need, over the measured one. Spread is the interquartile range over the median."
-    )
-    return [*_charts(panels, text, "chart-time"), below, page.table(tables.timing_cells(results))]
-
-
-def _target_blocks(results: Results) -> list[str]:
-    shown = [target for target in targets(results) if not is_promise(target)]
-    if not shown:
-        return [page.paragraph("No target was set.", "soft")]
-    text = (
-        "Thresholds were chosen on held-out images, numbers are of the test images: mean ± half "
-        "the spread over seeds. Change is against "
-        f"{scheme_words(reference(results))}, in points, with its corrected interval, and "
-        f"{tables.MARK} where it is significant. Random is the accuracy of exits drawn at random "
-        "at the same rates, oracle an upper bound at the same cost; met says whether the target "
-        "holds on the test images, and in how many seeds where they differ."
-    )
-    blocks = [page.paragraph(text), sentences(words.randomness(results))]
-    for target in shown:
-        blocks.append(f"<h3>At {page.escape(target_words(target))}</h3>")
-        blocks.append(page.table(tables.target_cells(results, target)))
-        for row in rows_at(results, target):
-            if row.get("error"):
-                note = f"{scheme_words(scheme(row))}: {row['error']}"
-                blocks.append(page.paragraph(note, "note"))
-    return blocks
-
-
-def _area_blocks(results: Results) -> list[str]:
-    low, high = results.get("area_range") or (None, None)
-    text = (
-        "The mean accuracy over the range of costs that all curves share"
-        f" ({number(low, 2)} to {number(high, 2)}): one number for a whole line."
-    )
-    cells = tables.area_cells(results)
-    return [page.paragraph(text), *_table(cells, "No curve has an area.")]
-
-
-def _significant_blocks(results: Results) -> list[str]:
-    found = gaps(results)
-    if not found:
-        return [page.paragraph("No difference was tested.", "soft")]
-    blocks = [page.paragraph(words.corrected(results)), sentences(words.frontier(results))]
-    for heading, texts in words.significant(results):
-        blocks += [f"<h3>{page.escape(heading)}</h3>", sentences(texts)]
-    main = plot.main_gaps(results)
-    for i, target in enumerate(plot.distinct(gap.target for gap in main)):
-        figure = plot.forest([gap for gap in main if gap.target == target])
-        name = target_words(target)
-        intro = f"Differences and intervals, {name}; filled where significant."
-        blocks += [page.paragraph(intro), page.plot(figure, f"fig-gaps-{i}", intro)]
-    return [*blocks, page.table(tables.difference_cells(results))]
-
-
-def _exit_blocks(results: Results) -> list[str]:
-    text = (
-        "Each exit when it has to answer every test image. ECE, the expected calibration error, is "
-        "the mean distance between confidence and accuracy: where it is large, a threshold on the "
-        "confidence lets errors out. That of the routed answers is in the tables above."
-    )
-    blocks = [page.paragraph(text), *_table(tables.exit_cells(results), "No exit is recorded.")]
-    known = {
-        "destructive": "are answered correctly by some earlier exit and wrongly by the last",
-        "wasteful": "are answered correctly by the last exit, and were by an earlier one already",
+    cells["policy"] = [
+        f"{p} (cascade)" if r == "cascade" else p
+        for r, p in zip(rows["regime"], rows["policy"], strict=True)
+    ]
+    cells["regime"] = [r if r != "cascade" else "" for r in rows["regime"]]
+    regimes = [r for r in dict.fromkeys(cells["regime"]) if r] or [""]
+    policies = list(dict.fromkeys(cells["policy"]))
+    cells.loc[cells["regime"] == "", "regime"] = regimes[0]
+    wide = cells.pivot(index="policy", columns="regime").reindex(policies).fillna("")
+    columns = {
+        f"{regime}: {name}": wide[name, regime]
+        for regime in regimes
+        for name in ("accuracy %", "cost")
     }
-    said = [
-        f"{regime['name']}: {number(shares[key], 1, scale=100)} % of the test images {text} "
-        f"({key} overthinking)."
-        for regime in results.get("regimes") or ()
-        for shares in [regime.get("overthinking") or {}]
-        for key, text in known.items()
-        if math.isfinite(real(shares.get(key)))
-    ]
-    return [*blocks, "<h3>Overthinking</h3>", sentences(said)] if said else blocks
+    return pd.DataFrame(columns).rename_axis("policy").reset_index()
 
 
-def _class_blocks(results: Results) -> list[str]:
-    target = leading_target(results)
-    rows = [] if target is None else rows_at(results, target, usual=True)
-    rows = [r for r in rows if r.get("class_exit_fractions")]
-    first = [r for r in rows if scheme(r) == reference(results)]
-    others = [r for r in rows if r not in first and scheme(r)[0] != "cascade"]
-    others = [r for r in others if math.isfinite(real(r.get("accuracy")))]
-    others.sort(key=lambda r: -real(r["accuracy"]))
-    if not first and not others:
-        return [page.paragraph("Exits per class were not recorded.", "soft")]
-    blocks = [
-        page.paragraph(
-            f"At {target_words(target)}, the share (%) of each class's test images that leave at "
-            "each exit: easy classes leave early. The reference, and the most accurate other "
-            "scheme on these test images."
+def tested(results: Results) -> str:
+    """How the differences were tested."""
+    return (
+        f"Paired bootstrap over test images and seeds, {results['draws']:,} draws; "
+        f"{100 * results['level']:g} % intervals that hold together for {results['comparisons']} "
+        "comparisons, and p-values multiplied by that number (Bonferroni). A difference is "
+        "significant where the difference of every seed has its sign too."
+    )
+
+
+def latex(results: Results, means: pd.DataFrame) -> str:
+    """A table for a paper: a row a scheme, a column a target without a guarantee.
+
+    Beneath a budget stands the accuracy, beneath an accuracy drop the cost. The best of each column
+    among those that met the target with every seed is bold.
+    """
+    rows = means[means["target_kind"].isin(results_table.SEARCHED)]
+    rows = rows[rows["search"] != "geometric"].dropna(subset="accuracy")
+    words, bold = {}, {}
+    for name, column in rows.groupby("target", sort=False):
+        column = column.set_index(results_table.SCHEME)
+        drop = (column["target_kind"] == "drop").all()
+        cells = shown(column.reset_index(), ["accuracy", "cost"])
+        heading = f"{'cost' if drop else '%'} at {name}"
+        words[heading] = cells["cost" if drop else "accuracy %"].set_axis(column.index)
+        value = column["cost"].round(3) if drop else column["accuracy"].round(3)
+        able = value[column["met"] == 1]
+        best = (able.min() if drop else able.max()) if len(able) else np.nan
+        bold[heading] = (value == best) & (column["met"] == 1)
+    # Columns of different schemes would be joined in the order of the alphabet.
+    schemes = pd.MultiIndex.from_frame(rows[results_table.SCHEME].drop_duplicates())
+    table = pd.DataFrame(words).reindex(schemes).fillna("-")
+    marks = pd.DataFrame(bold).reindex(table.index).fillna(value=False).astype(bool)
+    names = schemes.to_frame(index=False)
+    caption = (
+        f"Early exits on {results['dataset']}: test accuracy in percent at each target (for an "
+        "accuracy drop the cost, as a fraction of the plain network's multiply-accumulates), mean "
+        f"and half of the range over {len(results['seeds'])} seeds. Bold: the best that met the "
+        "target with every seed."
+    )
+    plain = names.map(lambda _: False)
+    return results_table.latex(
+        pd.concat([names, table.reset_index(drop=True)], axis=1),
+        caption,
+        pd.concat([plain, marks.reset_index(drop=True)], axis=1),
+    )
+
+
+# --- figures
+
+
+def _figures(results: Results, table: pd.DataFrame) -> dict[str, Figure]:
+    """Every figure that there are numbers for, by name."""
+    figures = {
+        "accuracy_macs": plots.tradeoff(
+            _panels(results), "mean cost (fraction of the plain network's multiply-accumulates)"
         )
+    }
+    timed = results_table.timed(table).dropna(subset="accuracy")
+    if len(timed):
+        batches = ", ".join(map(str, timed["batch"].unique()))
+        figures["accuracy_time"] = plots.tradeoff(
+            _time_panels(timed), f"measured time (ms for a batch of {batches})"
+        )
+    first = [
+        d for d in results["differences"] if d["target"] == results["differences"][0]["target"]
     ]
-    for row in [*first, *others[:1]]:
-        values = row["class_exit_fractions"]
-        names = list(results.get("classes") or ()) or [str(c) for c in range(len(values))]
-        order = range(len(values))
-        heading = scheme_words(scheme(row))
-        if len(values) > _MOST_CLASSES:
-            depths = [sum(e * real(f) for e, f in enumerate(line)) for line in values]
-            ranked = sorted(order, key=lambda c: (math.isnan(depths[c]), depths[c]))
-            half = _MOST_CLASSES // 2
-            order = [*ranked[:half], *ranked[-half:]]
-            heading += f": the {half} classes that leave first and the {half} that leave last"
-        exits = [f"exit {e + 1}" for e in range(len(values[0]))]
-        blocks.append(f"<h3>{page.escape(heading)}</h3>")
-        blocks.append(heat([names[c] for c in order], exits, [values[c] for c in order]))
-    return blocks
+    if first:
+        figures["differences"] = plots.intervals(
+            [f"{_name(d['a'])} - {_name(d['b'])}" for d in first],
+            [(d["low"], d["difference"], d["high"]) for d in first],
+            [d["significant"] for d in first],
+        )
+    for i, rows in enumerate(_drift_groups(results).values()):
+        figures["drift" if i == 0 else f"drift_{i}"] = plots.drift(rows)
+    for entry in results["agreement"]:
+        same = {f"{entry['regime']}: same exit": entry["exits"]}
+        same["same prediction"] = entry["answers"]
+        figures[f"agreement_{entry['regime']}"] = plots.shares(
+            same, entry["policies"], entry["policies"]
+        )
+    figures |= _class_figure(results)
+    return figures
 
 
-def _agreement_blocks(results: Results) -> list[str]:
-    entries = results.get("agreement") or ()
-    if not entries:
-        return [page.paragraph("Agreement was not recorded.", "soft")]
-    text = (
-        "The share (%) of test images that two policies send to the same exit, and on which they "
-        "give the same answer. Columns are numbered as rows are. Where exits agree, a choice "
-        "between two policies is one of convenience."
-    )
-    blocks = [page.paragraph(text)]
-    for entry in entries:
-        rows = [f"{i + 1} {name}" for i, name in enumerate(entry["policies"])]
-        columns = [str(i + 1) for i in range(len(rows))]
-        for key, what in (("exits", "same exit"), ("answers", "same answer")):
-            heading = f"{entry['regime']}, {target_words(entry.get('target'))}: {what}"
-            blocks += [f"<h3>{page.escape(heading)}</h3>", heat(rows, columns, entry[key])]
-    return blocks
+def _panels(results: Results) -> dict[str, list[Series]]:
+    """Accuracy against cost: a panel a regime, with the cascade and the static networks in each."""
 
+    def series(curve: Mapping[str, Any], name: str) -> Series:
+        points = pd.DataFrame(curve["points"]).astype("float64")
+        x, y, low, high = (points[k].to_numpy() for k in ("cost", "accuracy", "low", "high"))
+        return Series(name, x, y, low=low, high=high)
 
-def _promise_blocks(results: Results) -> list[str]:
-    cells = tables.promise_cells(results)
-    if not cells.rows:
-        return [page.paragraph("No guarantee was asked for.", "soft")]
-    text = (
-        "Risk is the share of test images that lose by leaving early (disagreement: another answer "
-        "than the last exit's; error: a wrong answer). A guarantee speaks of new data like the "
-        "images it was certified on. Conformal risk control (crc) bounds the risk on average over "
-        "certification splits; the other methods bound it but for a share delta of the splits, so "
-        "some may break by chance."
-    )
-    summary = sentences(words.promises(results))
-    return [page.paragraph(text), summary, page.table(cells)]
-
-
-def _drift_blocks(results: Results) -> list[str]:
-    groups = plot.drift_groups(results)
-    if not groups:
-        return [page.paragraph("No corrupted images were tried.", "soft")]
-    text = (
-        "The thresholds stay as they were chosen on clean images, while the test images are "
-        "corrupted; severity 0 is clean. No guarantee covers this: it speaks of data like that it "
-        "was certified on. A guarantee is broken where the whole interval of the risk lies above "
-        "the promise, and unclear where the interval contains it."
-    )
-    said = words.drifts(results)
-    blocks = [page.paragraph(text), *([sentences(said)] if said else [])]
-    for i, rows in enumerate(groups):
-        name = f"{scheme_words(scheme(rows[0]))}, {target_words(rows[0].get('target'))}"
-        alt = f"Accuracy, cost and risk against severity: {name}; the numbers are in the table."
-        blocks.append(f"<h3>{page.escape(name)}</h3>")
-        blocks.append(page.plot(plot.drift([rows]), f"fig-drift-{i}", alt))
-        blocks.append(page.table(tables.drift_cells(rows)))
-    return blocks
-
-
-def _placement_blocks(results: Results) -> list[str]:
-    cells = tables.placement_cells(results)
-    text = (
-        "For a budget in measured time, the exits worth keeping and what they give, beside keeping "
-        "all of them: a head that is dropped costs no time. Exits are numbered from 1."
-    )
-    if not cells.rows:
-        return [page.paragraph("No choice of exits was made.", "soft")]
-    return [page.paragraph(text), page.table(cells)]
-
-
-def _file_blocks(results: Results) -> list[str]:
-    text = (
-        "Beside this page lie results.json (everything), results.csv (a row a scheme and target, "
-        "columns below), table.tex (for LaTeX with booktabs) and figures/ (SVG and PDF)."
-    )
-    columns = ("column", "of results.csv")
-    cells = Cells(columns, tuple(tables.CSV_COLUMNS.items()), frozenset(columns))
-    return [page.paragraph(text), page.table(cells)]
-
-
-# --- parts
-
-
-def _charts(panels: Sequence[plot.Panel], text: str, prefix: str) -> list[str]:
-    if not panels:
-        return [page.paragraph("No curve is recorded.", "soft")]
-    _, ys, below = plot.bounds(panels)
-    if below:
-        text += f" {below} points below {number(ys[0], 1)} % are not shown."
-    return [page.paragraph(text), charts(panels, prefix)]
-
-
-def _table(cells: Cells, otherwise: str) -> list[str]:
-    return [page.table(cells) if cells.rows else page.paragraph(otherwise, "soft")]
-
-
-def _notes(results: Results) -> list[str]:
-    failed = [f"{f['cell']} failed: {f['error']}" for f in results.get("failed") or ()]
-    return [*listed(results.get("notice")), *failed]
-
-
-def _facts(results: Results) -> list[tuple[str, str]]:
-    """How the comparison was made; what is not recorded is left out."""
-
-    def joined(found: Any, unit: str = "") -> str | None:
-        if not isinstance(found, Mapping):
-            return found
-        return ", ".join(
-            f"{name} {value:,.{1 if unit else 0}f}{unit}" if isinstance(value, float | int)
-            else f"{name} {value}" for name, value in found.items()
-        )  # fmt: skip
-
-    whole = results.get("whole_macs")
-    pairs = [
-        ("Command", results.get("command")),
-        ("Data", ", ".join(filter(None, (results["dataset"], results.get("data_source"))))),
-        ("Images", joined(results.get("samples"))),
-        ("Network", results.get("network")),
-        ("Plain network", f"{macs_words(whole)} MACs an image, cost 1" if whole else None),
-        ("Reference", scheme_words(reference(results))),
-        ("Seeds", ", ".join(map(str, results.get("seeds") or ())) or None),
-        ("Time", joined(results.get("seconds"), " s")),
-        ("Device", results.get("device")),
-        ("Date", results.get("date")),
-        ("Versions", joined(results.get("versions"))),
+    cascades = [
+        series(c, f"cascade by {c['policy']}")
+        for c in results["curves"]
+        if c["regime"] == "cascade"
     ]
-    return [(name, str(value)) for name, value in pairs if value]
+    static = pd.DataFrame([(s["cost"], s["accuracy"]["mean"]) for s in results["static"]]).T
+    panels = {}
+    for regime in results["regimes"]:
+        curves = [c for c in results["curves"] if c["regime"] == regime["name"]]
+        oracle = pd.DataFrame(regime["oracle"])
+        panels[regime["name"]] = [
+            *(series(c, c["policy"]) for c in curves),
+            *cascades,
+            *([Series("plain networks", *static.to_numpy(), "networks")] if len(static) else []),
+            Series(
+                "oracle (upper bound)", oracle["cost"].values, oracle["accuracy"].values, "bound"
+            ),
+        ]
+    return panels
 
 
-def _ascii(text: str) -> str:
-    return text.replace("±", "+-")
+def _time_panels(timed: pd.DataFrame) -> dict[str, list[Series]]:
+    def series(rows: pd.DataFrame, name: str, kind: Any = "policy") -> Series:
+        return Series(name, rows["ms"].to_numpy(), rows["accuracy"].to_numpy(), kind)
+
+    plain = series(timed[timed["regime"] == "static"], "plain networks", "networks")
+    cascade = timed[timed["regime"] == "cascade"].groupby("policy", sort=False)
+    cascades = [series(rows, f"cascade by {name}") for name, rows in cascade]
+    panels = {}
+    early = timed[~timed["regime"].isin(["static", "cascade"])]
+    for regime, rows in early.groupby("regime", sort=False):
+        lines = [series(r, str(name)) for name, r in rows.groupby("policy", sort=False)]
+        panels[str(regime)] = [*lines, *cascades, plain]
+    return panels or {"": [*cascades, plain]}
+
+
+def _class_figure(results: Results) -> dict[str, Figure]:
+    """Where the test images of each class leave, for the reference at the leading target."""
+    rows = [
+        row
+        for row in results["rows"]
+        if row["target"]["kind"] == "budget"
+        and row.get("class_exit_fractions")
+        and {k: row[k] for k in ("regime", "policy")} == results["reference"]
+    ]
+    if not rows:
+        return {}
+    values = np.asarray(rows[0]["class_exit_fractions"], float)
+    order = np.arange(len(values))
+    if len(values) > _MOST_CLASSES:  # those that leave first, and those that leave last
+        order = np.argsort(values @ np.arange(values.shape[1]), kind="stable")
+        order = np.concatenate([order[: _MOST_CLASSES // 2], order[-_MOST_CLASSES // 2 :]])
+    names = [str(results["classes"][c]) for c in order]
+    exits = [f"exit {e + 1}" for e in range(values.shape[1])]
+    title = f"{_name(results['reference'])}, {target_words(rows[0]['target'])}"
+    return {"classes": plots.shares({title: values[order]}, names, exits)}
+
+
+# --- tables
+
+
+def _target(means: pd.DataFrame) -> str:
+    """The leading target: the first budget that some scheme reached, else the first target."""
+    able = means[means["target_kind"].isin(results_table.SEARCHED)].dropna(subset="accuracy")
+    budgets = able[able["target_kind"] == "budget"]
+    return str(next(iter([*budgets["target"], *able["target"]]), "any target"))
+
+
+def _usual(means: pd.DataFrame, target: str) -> pd.DataFrame:
+    """The rows at a target, without the geometric search."""
+    kinds = means["target_kind"].isin(results_table.SEARCHED)
+    return means[kinds & (means["target"] == target) & (means["search"] != "geometric")]
+
+
+def _is(rows: pd.DataFrame, scheme: Mapping[str, str]) -> pd.Series:
+    return (rows["regime"] == scheme["regime"]) & (rows["policy"] == scheme["policy"])
+
+
+def _gaps(results: Results, target: str) -> list[Mapping[str, Any]]:
+    return [d for d in results["differences"] if target_words(d["target"]) == target]
+
+
+def _gap(results: Results, row: pd.Series) -> Mapping[str, Any] | None:
+    """The tested difference of a row of `over_seeds` to the reference."""
+    scheme = {"regime": row["regime"], "policy": row["policy"]}
+    for gap in _gaps(results, row["target"]):
+        if gap["a"] == scheme and gap["b"] == results["reference"]:
+            return gap if row["search"] == "optimal" else None
+    return None
+
+
+def _significant(results: Results, row: pd.Series) -> bool:
+    gap = _gap(results, row)
+    return gap is not None and bool(gap["significant"])
+
+
+def _with_change(results: Results, rows: pd.DataFrame, words: pd.DataFrame) -> pd.DataFrame:
+    """The words with the change against the reference, in points, and its interval."""
+    changes = []
+    for _, row in rows.iterrows():
+        gap = _gap(results, row)
+        changes.append("-" if gap is None else _points(gap))
+    if "accuracy %" in words and set(changes) != {"-"}:
+        words.insert(list(words.columns).index("accuracy %") + 1, "change (points)", changes)
+    return words
+
+
+def _points(gap: Mapping[str, Any]) -> str:
+    mean, low, high = (100 * gap[name] for name in ("difference", "low", "high"))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + (f" {MARK}" if gap["significant"] else "")
+
+
+def _difference_table(results: Results) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "target": target_words(d["target"]),
+                "first": _name(d["a"]),
+                "minus second": _name(d["b"]),
+                "points": _points(d),
+                "corrected p": "< 0.001" if d["adjusted_p"] < 1e-3 else f"{d['adjusted_p']:.3f}",
+                "cost": f"{d['cost_difference']:+.3f}",
+            }
+            for d in results["differences"]
+        ]
+    )
+
+
+def _area_table(results: Results) -> pd.DataFrame:
+    rows = sorted(results["curves"], key=lambda c: -c["area"]["mean"])
+    return pd.DataFrame(
+        [
+            {
+                "regime": c["regime"],
+                "policy": c["policy"],
+                "mean accuracy %": f"{100 * c['area']['mean']:.2f}",
+            }
+            for c in rows
+        ]
+    )
+
+
+def _placement_table(results: Results) -> pd.DataFrame:
+    names = {"budget_ms": "budget ms", "accuracy": "accuracy", "ms": "ms"}
+    names |= {"all_accuracy": "all exits: accuracy", "all_ms": "all exits: ms"}
+    rows = []
+    for row in results["placement"]:
+        numbers = {
+            new: "-" if row.get(old) is None else f"{row[old]:.3f}" for old, new in names.items()
+        }
+        kept = " ".join(str(e + 1) for e in row.get("kept") or ()) or "-"
+        words = {"regime": row["regime"], "policy": row["policy"], "keep exits": kept}
+        rows.append({**words, **numbers, "search": row.get("search") or row.get("error", "-")})
+    return pd.DataFrame(rows)
+
+
+def _drift_groups(results: Results) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of drift by scheme and target, in words."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in results["drift"]:
+        groups.setdefault(f"{_name(row)}, {target_words(row['target'])}", []).append(row)
+    return groups
+
+
+def _notices(results: Results) -> list[str]:
+    failed = [f"{f['cell']} failed: {f['error']}" for f in results["failed"]]
+    return [*filter(None, [results.get("notice")]), *failed]
+
+
+def _name(scheme: Mapping[str, Any]) -> str:
+    return f"{scheme['policy']} ({scheme['regime']})"
+
+
+def _spread(rows: pd.DataFrame) -> str:
+    return shown(rows, ["accuracy"]).iloc[0, 0]

@@ -1,5 +1,30 @@
-"""From decisions to the results of a comparison: spreads over seeds, differences and what they are
-worth, agreement, drift. `compare_report` says how the results look."""
+"""From decisions to the results of a comparison: the results table, and results.json.
+
+`results.json` holds one dict of plain data. Costs are fractions of the plain network's
+multiply-accumulates (`whole_macs`); accuracies and risks are fractions. S is a spread over seeds,
+{mean, low, high, seeds}: the mean, the smallest and the largest (None for one seed), and each
+value. T is a target:
+
+    {kind: budget, value} | {kind: ms, value, batch} | {kind: drop, value}
+    {kind: risk, value, loss, delta, method, path} | {kind: certificate, value, budget, loss, ...}
+
+    dataset, data_source, notice, command, date, device, versions, seeds, network, seconds, samples,
+    classes, whole_macs, failed [{cell, error}], reference {regime, policy}
+    regimes      [{name, exits [{cost, accuracy S, ece}], overthinking, oracle [{cost, accuracy}]}]
+    static       [{name, cost, macs, accuracy S, ms}]: plain networks trained alone
+    rows         [{regime, policy, target T, search, accuracy S, cost S, exit_fractions [E], ece,
+                   random, oracle, met, error, class_exit_fractions [C][E], thresholds}]; a risk or
+                   certificate has `risk` S and `certified`, a number of seeds, too
+    curves       [{regime, policy, points [{cost, accuracy, low, high}], area S}], area_range
+    differences, comparisons, level, draws; agreement: see `experiments.compare.differences`
+    timing       [{regime or static or cascade, policy, target, strategy, batch, ms, spread,
+                   plain_ms, ideal_ms, speedup, efficiency, accuracy, cost}]
+    drift        [{corruption, severity, regime, policy, target, accuracy, cost, seeds, risk,
+                   interval, epsilon, broken, holds}]; severity 0 is the clean test images, broken
+                   and seeds are numbers of seeds
+    placement    [{regime, policy, budget_ms, batch, kept, of, accuracy, ms, all_accuracy, all_ms,
+                   search}], or an error
+"""
 
 from __future__ import annotations
 
@@ -7,150 +32,166 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from eejax.evaluation import metrics
+from eejax.evaluation.routing import Scored
 from eejax.selection.bounds import interval
 from experiments.compare import cells as compare_cells
 from experiments.compare.cells import PLAIN, Cell
 from experiments.compare.config import Comparison
-from experiments.compare.differences import (
-    LEVEL,
-    Answer,
-    Group,
-    against,
-    agreement,
-    correct_at_last,
-    named,
-)
-from experiments.train.pool import Failure
+from experiments.compare.decide import Choice
+from experiments.compare.differences import LEVEL, against, agreement, by_name, correct_at_last
+from experiments.evaluate.decide import exit_rows
+from experiments.report import table
+from experiments.report.table import accuracy_columns, target_columns
 
 CURVE_POINTS = 40
-
-
-class Facts(NamedTuple):
-    """What results hold beside decisions.
-
-    Attributes:
-      opening: data set, device, versions, command, date.
-      seconds: of each part.
-      failures: cells that failed.
-      timing: rows of `compare_timing.timed`.
-      placement: rows of `compare_timing.placed`.
-    """
-
-    opening: Mapping[str, Any]
-    seconds: Mapping[str, float]
-    failures: Sequence[Failure]
-    timing: Sequence[Mapping[str, Any]]
-    placement: Sequence[Mapping[str, Any]]
+Groups = Mapping[tuple[str, str], Sequence[Choice]]
+Row = dict[str, Any]
 
 
 def assemble(
-    facts: Facts,
     config: Comparison,
     cells: Sequence[Cell],
-    answers: Sequence[Answer],
+    choices: Sequence[Choice],
+    timing: Sequence[Row],
+    placement: Sequence[Row],
     workdir: Path,
-) -> dict[str, Any]:
-    """Everything that the report shows, as plain data."""
-    # One group a regime and policy, its seeds in order.
-    groups: dict[tuple[str, str], list[Answer]] = {}
-    for answer in sorted(answers, key=lambda a: a.subject.seed):
-        groups.setdefault((answer.subject.name, answer.policy), []).append(answer)
+) -> tuple[Row, pd.DataFrame]:
+    """Everything that the report shows.
+
+    Args:
+      config: of the comparison.
+      cells: the trained ones.
+      choices: the decisions.
+      timing: of `experiments.compare.timing.timed`.
+      placement: of `experiments.compare.timing.placed`.
+      workdir: of the comparison.
+
+    Returns:
+      The keys of results.json that are figures, and the results table.
+    """
+    groups: dict[tuple[str, str], list[Choice]] = {}
+    for choice in sorted(choices, key=lambda c: c.model.seed):
+        groups.setdefault((choice.model.name, choice.policy), []).append(choice)
     reference = (config.regimes[0], config.policies[0])
-    plain = [cell for cell in cells if cell.name == PLAIN]
-    whole = compare_cells.macs(plain[0])[-1]
-    static = _static(cells, whole, facts.timing, workdir)
-    rows = [row for key, group in groups.items() for row in _rows(key, group, config)]
-    found, low, high = _curves(groups)
+    whole = float(next(compare_cells.macs(cell)[-1] for cell in cells if cell.name == PLAIN))
+    results = _table(groups, cells, timing, whole, config.seeds[0], workdir)
+    curves, low, high = _curves(groups)
     differences, comparisons, draws = against(groups, reference, cells, config, workdir)
-    return {
-        **facts.opening,
-        "seeds": list(config.seeds),
+    figures = {
         "network": f"{config.network.words}, "
         f"{config.network.num_exits} exits, {whole / 1e6:.2f} M multiply-accumulates",
-        "seconds": {**facts.seconds, "total": sum(facts.seconds.values())},
-        "failed": [{"cell": f.name, "error": f.error} for f in facts.failures],
         "reference": {"regime": reference[0], "policy": reference[1]},
         "whole_macs": whole,
-        "regimes": _regimes(cells, whole, workdir),
-        "static": static,
-        "rows": rows,
-        "curves": found,
+        "regimes": _regimes(cells, results, workdir),
+        "static": _static(results, timing),
+        "rows": [row for key, group in groups.items() for row in _rows(key, group, config)],
+        "curves": curves,
         "area_range": [low, high],
         "differences": differences,
         "comparisons": comparisons,
         "level": LEVEL,
         "draws": draws,
         "agreement": agreement(groups, config),
-        "timing": [dict(row) for row in facts.timing if "placement" not in row],
+        "timing": [dict(row) for row in timing if "placement" not in row],
         "drift": _drift(groups, config.drift.kinds),
-        "placement": _placement(facts, config),
+        "placement": _placement(placement, timing, config.timing.batch),
     }
+    return figures, results
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> Row:
     """Mean, smallest and largest over seeds; with one seed there is no spread."""
-    some = len(values) > 1
+    several = len(values) > 1
     return {
         "mean": float(np.mean(values)),
-        "low": float(np.min(values)) if some else None,
-        "high": float(np.max(values)) if some else None,
+        "low": float(np.min(values)) if several else None,
+        "high": float(np.max(values)) if several else None,
         "seeds": [float(v) for v in values],
     }
 
 
-def _static(
-    cells: Sequence[Cell], whole: float, timing: Sequence[Mapping[str, Any]], workdir: Path
-) -> list[dict[str, Any]]:
+def _table(
+    groups: Groups,
+    cells: Sequence[Cell],
+    timing: Sequence[Row],
+    whole: float,
+    timed_seed: int,
+    workdir: Path,
+) -> pd.DataFrame:
+    """The results table: decisions, exits of each network, plain networks, and times."""
+    rows: list[Row] = []
+    for (regime, policy), group in groups.items():
+        for choice in group:
+            scheme = {"regime": regime, "policy": policy, "seed": choice.model.seed}
+            decided = [*choice.decided.rows, *choice.decided.curve]
+            rows += [{**scheme, **_columns(row)} for row in decided]
+    for cell in cells:
+        test = compare_cells.traces(cell, workdir).test
+        cost = compare_cells.macs(cell) / whole
+        if cell.kind == "regime":
+            exits = exit_rows(Scored(test.logits, test.gates), test, cost)
+            rows += [{**row, "regime": cell.name, "seed": cell.seed} for row in exits]
+        else:
+            row = {**target_columns({"kind": "network"}), "policy": cell.name, "seed": cell.seed}
+            row |= accuracy_columns(correct_at_last(test))
+            rows.append({**row, "regime": "static", "cost": float(cost[-1])})
+    for row in timing:
+        if "placement" not in row:
+            scheme = {name: row.get(name) for name in ("regime", "policy", "accuracy", "cost")}
+            target = target_columns(row.get("target") or {"kind": "network"})
+            rows.append(table.timed_row({**scheme, **target, "seed": timed_seed}, row))
+    for row in rows:
+        row["macs"] = None if row.get("cost") is None else whole * row["cost"]
+    return table.frame(rows)
+
+
+def _columns(row: Mapping[str, Any]) -> Row:
+    return {name: value for name, value in row.items() if name in table.COLUMNS}
+
+
+def _static(results: pd.DataFrame, timing: Sequence[Row]) -> list[Row]:
     ms = {row["policy"]: row["ms"] for row in timing if row["regime"] == "static"}
-    rows = []
-    for name, group in named(cells, "static").items():
-        traces = [compare_cells.traces(cell, workdir).test for cell in group]
-        correct = [correct_at_last(t).mean() for t in traces]
-        cost = compare_cells.macs(group[0])[-1]
-        rows.append(
-            {
-                "name": name,
-                "cost": float(cost / whole),
-                "macs": float(cost),
-                "accuracy": spread(correct),
-                "ms": ms.get(name),
-            }
-        )
+    rows = [
+        {
+            "name": name,
+            "cost": float(group["cost"].iloc[0]),
+            "macs": float(group["macs"].iloc[0]),
+            "accuracy": spread(group["accuracy"].tolist()),
+            "ms": ms.get(name),
+        }
+        for name, group in table.decided(results, "network").groupby("policy", sort=False)
+    ]
     return sorted(rows, key=lambda row: row["cost"])
 
 
-def _regimes(cells: Sequence[Cell], whole: float, workdir: Path) -> list[dict[str, Any]]:
+def _regimes(cells: Sequence[Cell], results: pd.DataFrame, workdir: Path) -> list[Row]:
+    exits = table.decided(results, "exit")
     rows = []
-    for name, group in named(cells, "regime").items():
+    for name, group in by_name(cells, "regime").items():
         tests = [compare_cells.traces(cell, workdir).test for cell in group]
-        cost = compare_cells.macs(group[0]) / whole
+        alone = exits[exits["regime"] == name].groupby("target_value")
+        cost = alone["cost"].first().to_numpy()
         correct = [t.logits.argmax(-1) == t.labels[:, None] for t in tests]
         over = [metrics.overthinking(t.logits.argmax(-1), t.labels) for t in tests]
         budgets = np.linspace(cost[0], cost[-1], CURVE_POINTS)
-        oracle = [[metrics.oracle_accuracy(r, cost, b) for b in budgets] for r in correct]
+        oracle = [[metrics.oracle_accuracy(c, cost, b) for b in budgets] for c in correct]
         gate = [_stored(cell, workdir)["gate_mean"] for cell in group]
         rows.append(
             {
                 "name": name,
                 "exits": [
                     {
-                        "cost": float(cost[e]),
-                        "accuracy": spread([r[:, e].mean() for r in correct]),
-                        "ece": float(
-                            np.mean(
-                                [
-                                    metrics.expected_calibration_error(t.logits[:, e], t.labels)
-                                    for t in tests
-                                ]
-                            )
-                        ),
+                        "cost": float(one["cost"].iloc[0]),
+                        "accuracy": spread(one["accuracy"].tolist()),
+                        "ece": float(one["ece"].mean()),
                     }
-                    for e in range(len(cost))
+                    for _, one in alone
                 ],
                 "overthinking": {key: float(np.mean([o[key] for o in over])) for key in over[0]},
                 "oracle": [
@@ -163,22 +204,21 @@ def _regimes(cells: Sequence[Cell], whole: float, workdir: Path) -> list[dict[st
     return rows
 
 
-def _stored(cell: Cell, workdir: Path) -> dict[str, Any]:
+def _stored(cell: Cell, workdir: Path) -> Row:
     return json.loads((cell.directory(workdir) / compare_cells.DONE).read_text())
 
 
-def _rows(key: tuple[str, str], group: Group, config: Comparison) -> list[dict[str, Any]]:
-    """A row a target: what the seeds' rows come to together."""
-    made = []
-    for i, first in enumerate(group[0].decided.facts["rows"]):
-        parts = [answer.decided.facts["rows"][i] for answer in group]
-        able = [part for part in parts if "accuracy" in part]
-        row: dict[str, Any] = {"regime": key[0], "policy": key[1]}
-        row |= {"target": first["target"], "search": first["search"]}
+def _rows(key: tuple[str, str], group: Sequence[Choice], config: Comparison) -> list[Row]:
+    """A row a target: what the rows of all seeds come to together."""
+    rows = []
+    for i, first in enumerate(group[0].decided.rows):
+        parts = [choice.decided.rows[i] for choice in group]
+        able = [part for part in parts if "error" not in part]
+        row: Row = {"regime": key[0], "policy": key[1]}
+        row |= {"target": first["json_target"], "search": first["search"]}
         if not able:
-            made.append({**row, "error": parts[-1]["error"]})
+            rows.append({**row, "error": parts[-1]["error"]})
             continue
-        met = [_met(part) for part in able]
         row |= {name: spread([part[name] for part in able]) for name in ("accuracy", "cost")}
         row |= {
             name: None if able[0][name] is None else float(np.mean([part[name] for part in able]))
@@ -189,38 +229,20 @@ def _rows(key: tuple[str, str], group: Group, config: Comparison) -> list[dict[s
             for name in ("exit_fractions", "class_exit_fractions"):
                 row[name] = np.mean([part[name] for part in able], axis=0).tolist()
         row["thresholds"] = [[_threshold(t) for t in part["thresholds"]] for part in able]
-        # A certificate that was not given is no promise that was broken.
-        promise = first["target"]["kind"] in ("risk", "certificate")
-        row["met"] = _count(met, len(able) if promise else len(config.seeds))
-        if "ms" in able[0] and able[0]["ms"] is not None:
-            row["expected_ms"] = float(np.mean([part["ms"] for part in able]))
-        if promise:
-            row["risk"] = spread([_risk(part) for part in able])
+        # A certificate that could not be given is no guarantee that was broken.
+        guarantee = first["target_kind"] in table.GUARANTEES
+        met = [part["met"] for part in able]
+        row["met"] = _count(met, len(able) if guarantee else len(config.seeds))
+        if able[0]["expected_ms"] is not None:
+            row["expected_ms"] = float(np.mean([part["expected_ms"] for part in able]))
+        if guarantee:
+            row["risk"] = spread([part["risk"] for part in able])
             row["certified"] = len(able)
             row["certificate"] = able[0]["certificate"]
         if len(able) < len(parts):
             row["error"] = next(part["error"] for part in parts if "error" in part)
-        made.append(row)
-    return made
-
-
-def _risk(part: Mapping[str, Any]) -> float:
-    """The loss on the test split that the target bounds."""
-    return 1 - part["accuracy"] if part["target"]["loss"] == "error" else part["disagreement"]
-
-
-def _met(part: Mapping[str, Any]) -> bool:
-    """Whether the target, chosen for on other data, holds on the test split."""
-    target = part["target"]
-    kind, value = target["kind"], target["value"]
-    if kind == "budget":
-        return part["cost"] <= value
-    if kind == "ms":
-        return part["ms"] <= value
-    if kind == "drop":
-        return part["accuracy"] >= part["last_accuracy"] - value
-    held = _risk(part) <= value
-    return held and (kind == "risk" or part["cost"] <= target["budget"])
+        rows.append(row)
+    return rows
 
 
 def _count(met: Sequence[bool], of: int) -> str:
@@ -234,12 +256,12 @@ def _threshold(value: float) -> float | str:
     return value if math.isfinite(value) else ("off" if value > 0 else "always")
 
 
-def _curves(groups: Mapping[Any, Group]) -> tuple[list[dict[str, Any]], float, float]:
+def _curves(groups: Groups) -> tuple[list[Row], float, float]:
     """Curves on a common grid of costs, and the area under each over the range that all have."""
     lines = {
         key: [
-            np.array([[p["cost"], p["accuracy"]] for p in answer.decided.facts["curve"]]).T
-            for answer in group
+            np.array([[p["cost"], p["accuracy"]] for p in choice.decided.curve]).T
+            for choice in group
         ]
         for key, group in groups.items()
     }
@@ -247,12 +269,12 @@ def _curves(groups: Mapping[Any, Group]) -> tuple[list[dict[str, Any]], float, f
     low = max(float(line[0].min()) for line in every)
     # A curve that ends early stays as it is: more budget does not have to be spent.
     high = max(float(line[0].max()) for line in every)
-    made = []
-    for (regime, policy), some in lines.items():
-        start = max(float(line[0].min()) for line in some)
-        stop = max(float(line[0].max()) for line in some)
+    rows = []
+    for (regime, policy), seeds in lines.items():
+        start = max(float(line[0].min()) for line in seeds)
+        stop = max(float(line[0].max()) for line in seeds)
         at = np.linspace(start, stop, CURVE_POINTS)
-        values = np.array([metrics.curve_at(line[0], line[1], at) for line in some])
+        values = np.array([metrics.curve_at(line[0], line[1], at) for line in seeds])
         points = [
             {
                 "cost": float(c),
@@ -262,36 +284,37 @@ def _curves(groups: Mapping[Any, Group]) -> tuple[list[dict[str, Any]], float, f
             }
             for c, v in zip(at, values.T, strict=True)
         ]
-        area = [metrics.area_under_curve(line[0], line[1], low, high) for line in some]
-        made.append({"regime": regime, "policy": policy, "points": points, "area": spread(area)})
-    return made, low, high
+        area = [metrics.area_under_curve(line[0], line[1], low, high) for line in seeds]
+        rows.append({"regime": regime, "policy": policy, "points": points, "area": spread(area)})
+    return rows, low, high
 
 
-def _drift(groups: Mapping[tuple[str, str], Group], kinds: Sequence[str]) -> list[dict[str, Any]]:
+def _drift(groups: Groups, kinds: Sequence[str]) -> list[Row]:
     """Rows of drift over seeds."""
-    made = []
+    rows = []
     for (regime, policy), group in groups.items():
-        by_what: dict[str, list[tuple[Answer, int, dict[str, Any]]]] = {}
-        for answer in group:
-            for i, row in enumerate(answer.decided.facts["drift"]):
-                what = json.dumps([row["corruption"], row["severity"], row["target"]])
-                by_what.setdefault(what, []).append((answer, i, row))
-        for parts in by_what.values():
-            first = parts[0][2]
-            row: dict[str, Any] = {key: first[key] for key in ("corruption", "severity", "target")}
-            row |= {"regime": regime, "policy": policy, "seeds": len(parts)}
-            for name in ("accuracy", "cost"):
-                row[name] = float(np.mean([part[name] for _, _, part in parts]))
-            if first["target"]["kind"] == "risk":
-                lost = [a.decided.arrays[f"drift_{i}"] for a, i, _ in parts]
-                row |= _judged(lost, first["target"]["value"], len(by_what))
+        parts = [
+            {**row, "what": (row["corruption"], row["severity"], json.dumps(row["target"]))}
+            | {"lost": choice.decided.arrays[f"drift_{i}"]}
+            for choice in group
+            for i, row in enumerate(choice.decided.drift)
+        ]
+        whats = dict.fromkeys(part["what"] for part in parts)
+        for what in whats:
+            same = [part for part in parts if part["what"] == what]
+            row = {key: same[0][key] for key in ("corruption", "severity", "target")}
+            row |= {"regime": regime, "policy": policy, "seeds": len(same)}
+            row |= {n: float(np.mean([part[n] for part in same])) for n in ("accuracy", "cost")}
+            if row["target"]["kind"] == "risk":
+                lost = [part["lost"] for part in same]
+                row |= _judged(lost, row["target"]["value"], len(whats))
             # Every corruption begins at the clean images, as severity 0.
-            clean = first["severity"] == 0
-            made += [{**row, "corruption": k} for k in kinds] if clean else [row]
-    return made
+            clean = row["severity"] == 0
+            rows += [{**row, "corruption": k} for k in kinds] if clean else [row]
+    return rows
 
 
-def _judged(lost: Sequence[np.ndarray], epsilon: float, intervals: int) -> dict[str, Any]:
+def _judged(lost: Sequence[np.ndarray], epsilon: float, intervals: int) -> Row:
     """Whether a promised risk holds for the losses `[images]` of each seed's own thresholds.
 
     Each seed's interval is widened, so that all that are looked at hold together.
@@ -310,13 +333,13 @@ def _judged(lost: Sequence[np.ndarray], epsilon: float, intervals: int) -> dict[
     }
 
 
-def _placement(facts: Facts, config: Comparison) -> list[dict[str, Any]]:
+def _placement(placement: Sequence[Row], timing: Sequence[Row], batch: int) -> list[Row]:
     """The chosen exits with their measured times."""
-    made = []
-    for row in facts.placement:
-        full = dict(row, batch=config.timing.batch)
-        for timed in facts.timing:
+    rows = []
+    for row in placement:
+        full = {**row, "batch": batch}
+        for timed in timing:
             if timed.get("placement") == row["budget_ms"]:
                 full["all_ms" if timed["all"] else "ms"] = timed["ms"]
-        made.append(full)
-    return made
+        rows.append(full)
+    return rows

@@ -25,8 +25,8 @@ from experiments.latency.arguments import Arguments, parse
 from experiments.latency.distributions import exit_rates
 from experiments.latency.strategies import is_stream, note
 from experiments.latency.workload import Workload, random_workload, run_workload
-from experiments.report import report
-from experiments.report.environment import circumstances
+from experiments.report.environment import describe
+from experiments.report.files import write_json
 
 COLUMNS = ("images leave", "strategy", "ms", "spread", "ideal", "eff.", "speedup")
 COLUMNS += ("eff.*", "speedup*", "pays")
@@ -77,7 +77,7 @@ def workload(arguments: Arguments) -> Workload:
 def measure(arguments: Arguments, workload: Workload, argv: Sequence[str], console: Console) -> int:
     """Times everything, prints and writes it; returns the exit status."""
     now = datetime.datetime.now().astimezone()
-    environment = circumstances("experiments.latency", argv, now)
+    environment = describe("experiments.latency", argv, now)
     console.print(f"{workload.name}\n{environment['device']}")
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -89,7 +89,7 @@ def measure(arguments: Arguments, workload: Workload, argv: Sequence[str], conso
                 rows += [{**row, "seed": arguments.seed, **environment} for row in group]
                 console.print(*([table(group)] if group else []))
                 if arguments.json is not None:
-                    report.write_json(arguments.json, rows)
+                    write_json(arguments.json, rows)
     except KeyboardInterrupt:
         status = complain("stopped; the rows above were timed.", 130)
     if not rows:

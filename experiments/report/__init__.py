@@ -1,1 +1,1 @@
-"""Figures as tables, pictures and pages."""
+"""Results as one table, pictures and pages."""

@@ -17,12 +17,12 @@ import eejax
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 
 
-def circumstances(module: str, argv: Sequence[str], now: datetime.datetime) -> dict[str, Any]:
+def describe(module: str, argv: Sequence[str], now: datetime.datetime) -> dict[str, Any]:
     """`command`, `date`, `device` and `versions`, in words.
 
     Args:
-      module: what `python -m` was given.
-      argv: its arguments.
+      module: the argument of `python -m`.
+      argv: the arguments of the module.
       now: with a time zone.
     """
     device = jax.devices()[0]

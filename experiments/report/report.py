@@ -1,289 +1,243 @@
-"""What a run leaves behind for people: a table on the terminal, report.json and report.html.
-
-    console.print(table(report))
-    write_json(run / "report.json", report)
-    write_html(run / "report.html", report, history=..., reliability=..., gallery=..., classes=...)
+"""The main job's report: report.json, results.csv, report.html, and a table on the terminal.
 
 `report` is one dict of plain data. These keys are always there:
 
     dataset, device, versions, seed
-    exits      [{index, macs, accuracy, ece}]
-    policies   [{name, target, thresholds, accuracy, mean_macs, exit_fractions}]
-    curve      {policy: [{mean_macs, accuracy}]}
-    inference  [{strategy, batch, ms, plain_ms, ideal_ms, speedup, efficiency}]
+    target     {kind, value}: what the report leads with
+    exits      [{index, macs, fraction, accuracy, ece, temperature}]
+    policies   [{name, target, search, thresholds, accuracy, mean_macs, exit_fractions, ...}]
+    curve      {policy: [{mean_macs, mean_fraction, accuracy}]}
+    inference  [{policy, strategy, batch, ms, plain_ms, ideal_ms, speedup, efficiency, ...}]
     train      {seconds, images_per_second, epochs}
 
-Whatever else it holds (`notice`, `command`, `whole_macs`, ...) is shown where it is known here. A
-number that is None or not finite is shown as "-".
+Everything that is shown comes from the results table (`experiments.report.table`) and, for the
+facts of the run, from this dict.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
+import pandas as pd
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from experiments.report import page, plots, words
-from experiments.report import reading as reports
-from experiments.report.page import Gallery
+from experiments.report import page, plots, table
+from experiments.report.files import write_json
+from experiments.report.plots import Series
+from experiments.report.table import decided, shown
 
-__all__ = ["Gallery", "table", "write_html", "write_json"]
-
-
-def table(report: Mapping[str, Any]) -> Group:
-    """The report for the terminal; 80 columns are enough, and without colour nothing is lost.
-
-    Words are plain ASCII, so that a pipe with an old encoding can take them.
-    """
-    parts: list[Any] = [Text(f"{report['dataset']}, seed {report['seed']}", style="bold")]
-    parts += [Text(f"NOTICE: {t}", style="bold yellow") for t in words.listed(report.get("notice"))]
-    parts += [Text(words.headline(report)), Text("")]
-    parts += [
-        _rich("Exits", words.exit_cells(report)),
-        Text(""),
-        _rich("Policies", words.policy_cells(report)),
-    ]
-    parts += [Text(t, style="yellow") for t in words.failures(report)]
-    if report["inference"]:
-        parts += [Text(""), _rich("Time", words.inference_cells(report))]
-    parts += [Text(""), Text(words.training(report))]
-    parts += [Text(f"{name}: {value}", style="dim") for name, value in words.facts(report)]
-    parts += [
-        Text(f"WARNING: {t}", style="bold yellow") for t in words.listed(report.get("warnings"))
-    ]
-    return Group(*parts)
+MOST_ROWS = 8
+DESCRIPTION = pd.DataFrame(
+    [(name, c.dtype, c.unit, c.meaning) for name, c in table.COLUMNS.items()],
+    columns=["column", "type", "unit", "meaning"],
+)
 
 
-def write_json(
-    path: str | os.PathLike[str], report: Mapping[str, Any] | Sequence[Mapping[str, Any]]
-) -> None:
-    """Writes strict JSON: what is not a finite number becomes null. Replaces the file in one step.
-
-    Raises:
-        TypeError: a value is neither plain data nor a NumPy array, and so has no JSON form.
-    """
-    text = json.dumps(_plain(report), indent=1, allow_nan=False, ensure_ascii=False)
-    _replace(Path(path), text + "\n")
-
-
-def write_html(
-    path: str | os.PathLike[str],
+def write(
+    workdir: Path,
     report: Mapping[str, Any],
+    results: pd.DataFrame,
     *,
     history: Sequence[Mapping[str, Any]],
     reliability: Sequence[Mapping[str, Any]],
-    gallery: Sequence[Gallery],
-    classes: Sequence[str],
+    gallery: Sequence[Sequence[Mapping[str, Any]]],
 ) -> None:
-    """Writes the page: one file that fetches nothing. Replaces the file in one step.
+    """Writes report.json, results.csv and report.html, a page that fetches nothing.
 
     Args:
-        path: where to; its folder is made if need be.
-        report: see the module.
-        history: one row an epoch, see `eejax.plots.training_curves`; empty if nothing was trained.
-        reliability: one set of bins an exit, see `eejax.plots.reliability`; or empty.
-        gallery: the images that took an exit; an exit without any is shown as empty.
-        classes: the name of each label.
-
-    Raises:
-        ValueError: the parts speak of different numbers of exits, or a gallery is not well formed.
+      workdir: of the run.
+      report: see the module.
+      results: the results table.
+      history: one row an epoch, see `plots.training_curves`; empty if nothing was trained.
+      reliability: one set of bins an exit, see `plots.reliability`; or empty.
+      gallery: for each exit `{image, predicted, truth, confidence}` of images that left there.
     """
-    exits = len(report["exits"])
-    if reliability and len(reliability) != exits:
-        raise ValueError(f"{len(reliability)} sets of reliability bins for {exits} exits")
-    by_exit = {pictures.exit: pictures for pictures in gallery}
-    if len(by_exit) < len(gallery) or not set(by_exit) <= set(range(exits)):
-        numbers = [pictures.exit for pictures in gallery]
-        raise ValueError(f"galleries of exits {numbers} (0-based) for {exits} exits; one each")
-    pictures = _gallery_blocks(by_exit, exits, classes)  # first, because it may refuse its input
-    sections = [
-        ("cost", "Accuracy against cost", _cost_blocks(report)),
-        ("histogram", "Where images leave", _histogram_blocks(report)),
-        ("exits", "The exits one by one", _exit_blocks(report, reliability)),
-        ("time", "Time", _time_blocks(report)),
-        ("training", "Training", _training_blocks(report, history)),
-        ("gallery", "Images by exit", pictures),
-    ]
-    body = [page.paragraph(f"Notice: {t}", "note") for t in words.listed(report.get("notice"))]
-    body += [page.paragraph(words.headline(report), "lead")]
-    body += [page.paragraph(f"Warning: {t}", "note") for t in words.listed(report.get("warnings"))]
-    body += [page.navigation([(identity, heading) for identity, heading, _ in sections])]
-    body += [page.section("made", "How it was made", [page.facts(words.facts(report))])]
-    body += [page.section(*parts) for parts in sections]
-    _replace(Path(path), page.document(f"eejax report: {report['dataset']}", body))
-
-
-# --- the sections of the page
-
-
-def _cost_blocks(report: Mapping[str, Any]) -> list[str]:
-    figure = plots.cost_curve(
-        reports.curve_points(report),
-        reports.exit_points(report),
-        points=reports.chosen_points(report),
-        colours=plots.policy_colours(report),
+    write_json(workdir / "report.json", report)
+    table.write_csv(workdir / "results.csv", results)
+    searched = decided(results, *table.SEARCHED)
+    failed = searched[searched["error"].notna()]
+    leading = _leading(report, results)
+    fractions = {f"{row.policy}, {row.target}": row.exit_fractions for row in leading.itertuples()}
+    exits = decided(results, "exit")
+    page.write(
+        workdir / "report.html",
+        "report.html",
+        title=f"eejax: {report['dataset']}, seed {report['seed']}",
+        notices=[*filter(None, [report.get("notice")]), *(report.get("warnings") or ())],
+        headline=headline(report, results),
+        tradeoff=plots.tradeoff({"": _series(report, results)}, "mean cost (fraction of the MACs)"),
+        summary=summary(report, results),
+        target=next(iter(leading["target"]), "no target that could be met"),
+        policies=shown(searched, _POLICY_COLUMNS),
+        errors=[f"{row.policy}, {row.target}: {row.error}" for row in failed.itertuples()],
+        thresholds=shown(searched[searched["error"].isna()], _THRESHOLD_COLUMNS),
+        histogram=plots.exit_histogram(fractions) if fractions else None,
+        exits=_exit_table(report, results),
+        overthinking=overthinking(report.get("overthinking") or {}),
+        reliability=plots.reliability(reliability, exits["ece"]) if reliability else None,
+        time=shown(table.timed(results), _TIME_COLUMNS),
+        training=_training(report["train"]),
+        curves=plots.training_curves(history) if history else None,
+        gallery=gallery,
+        made=made(report),
+        columns=DESCRIPTION,
     )
+
+
+_POLICY_COLUMNS = ["policy", "target", "search", "accuracy", "cost", "met", "ece", "exit_fractions"]
+_THRESHOLD_COLUMNS = ["policy", "target", "search", "chosen_accuracy", "chosen_cost", "thresholds"]
+_TIME_COLUMNS = ["policy", "target", "executor", "batch", "cost", "ms", "spread", "plain_ms"]
+_TIME_COLUMNS += ["ideal_ms", "speedup", "efficiency"]
+
+
+def console(report: Mapping[str, Any], results: pd.DataFrame) -> Group:
+    """The headline and the summary for the terminal, in plain ASCII for 80 columns."""
+    parts: list[Any] = [Text(headline(report, results)), Text("")]
+    words = summary(report, results)
+    narrow = [name for name in words if name != "95 % interval" and "speedup" not in str(name)]
+    parts += [table.rich_table(words[narrow])]
+    errors = decided(results, *table.SEARCHED).dropna(subset="error")
+    parts += [
+        Text(f"{row.policy}, {row.target}: {row.error}", style="yellow")
+        for row in errors.itertuples()
+    ]
+    parts += [Text(_training(report["train"]), style="dim")]
+    parts += [Text(f"WARNING: {t}", style="bold yellow") for t in report.get("warnings") or ()]
+    return Group(*parts)
+
+
+def headline(report: Mapping[str, Any], results: pd.DataFrame) -> str:
+    """The result in one or two sentences, computed from the numbers; a loss reads like a gain.
+
+    It is of the policy that did best on the images that thresholds were chosen on, at the report's
+    target. So it is not picked by its accuracy on the test images. With given thresholds it is of
+    the policy that was timed.
+    """
+    whole = decided(results, "exit").iloc[-1]
+    leading = _leading(report, results)
+    if leading.empty:
+        return (
+            f"The whole network classifies {100 * whole['accuracy']:.1f} % of the test images "
+            "correctly. No policy reached its target, so no computation is saved."
+        )
+    measured = table.timed(results)
+    best = leading["chosen_accuracy"].fillna(0.0).idxmax()
+    if report["target"]["kind"] == "given" and len(measured):
+        best = (leading["policy"] == measured["policy"].iloc[0]).idxmax()
+    row = leading.loc[best]
+    words = (
+        f"At {100 * row['cost']:.0f} % of the whole network's multiply-accumulates, "
+        f"{row['policy']} classifies {100 * row['accuracy']:.1f} % of the test images "
+        f"correctly; the whole network classifies {100 * whole['accuracy']:.1f} %."
+    )
+    same = measured[measured["policy"] == row["policy"]]
+    times = []
+    for timing in same.itertuples():
+        images = "one image" if timing.batch == 1 else f"{timing.batch} images"
+        times.append(f"{images} in {timing.ms:.3g} ms instead of {timing.plain_ms:.3g} ms")
+    return f"{words} It classifies {', and '.join(times)}." if times else words
+
+
+def summary(report: Mapping[str, Any], results: pd.DataFrame) -> pd.DataFrame:
+    """The whole network and the policies at the report's target, at most eight rows in all.
+
+    More policies than that are cut to those with the highest accuracy on the held-out images.
+    """
+    whole = decided(results, "exit").iloc[-1:]
+    leading = _leading(report, results)
+    if len(leading) >= MOST_ROWS:
+        best = leading["chosen_accuracy"].nlargest(MOST_ROWS - 1).index
+        leading = leading[leading.index.isin(best)]
+    rows = pd.concat([whole.assign(policy="whole network", target=""), leading])
+    words = shown(rows, ["policy", "accuracy", "cost", "met", "exit_fractions"])
+    interval = zip(rows["accuracy_low"], rows["accuracy_high"], strict=True)
+    at = list(words.columns).index("accuracy %") + 1
+    words.insert(at, "95 % interval", [f"{100 * a:.1f} to {100 * b:.1f}" for a, b in interval])
+    change = 100 * (rows["accuracy"] - whole["accuracy"].iloc[0])
+    words.insert(at + 1, "change", ["", *(f"{c + 0.0:+.1f}" for c in change.round(1).iloc[1:])])
+    for timing in table.timed(results).itertuples():
+        speedups = [
+            f"{timing.speedup:.2f}" if name == timing.policy else "" for name in words["policy"]
+        ]
+        words[f"speedup, batch {timing.batch}"] = speedups
+    return words
+
+
+def overthinking(shares: Mapping[str, float]) -> list[str]:
+    """How often the last exit was not needed, or did harm, in words."""
+    known = {
+        "destructive": "are correct at some earlier exit and wrong at the last",
+        "wasteful": "are correct at the last exit, and were at an earlier one",
+    }
     return [
-        page.paragraph(
-            "Each image leaves at the first exit whose score reaches that exit's threshold; moving "
-            "the thresholds trades accuracy for computation along a line. Higher and further left "
-            "is better; a diamond is the network cut off at that exit for all images."
-        ),
-        page.plot(figure, "fig-cost", "Accuracy against mean cost per policy."),
-        page.paragraph(
-            "Accuracy on the test images and mean cost (a fraction of the whole network's "
-            "multiply-accumulates). Change is in points against the whole network; met says "
-            "whether the target, for which the thresholds were chosen on other images, holds here."
-        ),
-        page.table(words.policy_cells(report)),
-        *(page.paragraph(text, "note") for text in words.failures(report)),
-        page.paragraph(
-            "The thresholds, and the accuracy and cost they had on the held-out images that they "
-            "were chosen on. An exit whose threshold is off is never taken."
-        ),
-        page.table(words.threshold_cells(report)),
+        f"{100 * shares[key]:.1f} % of the test images {words} ({key} overthinking)."
+        for key, words in known.items()
+        if key in shares
     ]
 
 
-def _histogram_blocks(report: Mapping[str, Any]) -> list[str]:
-    policies = reports.leading_policies(report)
-    if not policies:
-        return [page.paragraph("No policy has a result.", "soft")]
-    colours = plots.policy_colours(report)
-    figure = plots.exit_histogram(
-        [policy["exit_fractions"] for policy in policies],
-        [reports.policy_label(policy) for policy in policies],
-        colours=[colours[policy["name"]] for policy in policies],
-    )
-    text = (
-        "The share of test images that each exit answers: the further left, the more is saved; a "
-        "single tall bar means that the policy treats all images alike."
-    )
-    alt = "Share of test images by exit and policy; the numbers are in the table above."
-    return [page.paragraph(text), page.plot(figure, "fig-histogram", alt)]
+def made(report: Mapping[str, Any]) -> dict[str, str]:
+    """How a run or a comparison was made; what it does not hold is left out."""
+    pairs = {
+        "Command": report.get("command"),
+        "Data": ", ".join(filter(None, (report["dataset"], report.get("data_source")))),
+        "Images": report.get("samples"),
+        "Network": report.get("network"),
+        "Whole network": f"{table.macs_words(report['whole_macs'])} MACs an image",
+        "Seeds": report.get("seeds", report.get("seed")),
+        "Seconds": report.get("seconds"),
+        "Device": report.get("device"),
+        "Date": report.get("date"),
+        "Versions": report.get("versions"),
+    }
+
+    def words(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{k} {words(v)}" for k, v in value.items())
+        if isinstance(value, list | tuple):
+            return ", ".join(map(str, value))
+        return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+    return {name: words(value) for name, value in pairs.items() if value is not None}
 
 
-def _exit_blocks(report: Mapping[str, Any], bins: Sequence[Mapping[str, Any]]) -> list[str]:
-    points = reports.exit_points(report)
-    blocks = [
-        page.paragraph(
-            "How good each exit is when it has to answer every test image, whatever its confidence."
-        ),
-        page.plot(
-            plots.accuracy_per_exit(points[:, 1], points[:, 0]),
-            "fig-accuracy",
-            "Accuracy of each exit; the numbers are in the table below.",
-        ),
-        page.table(words.exit_cells(report)),
-        *(page.paragraph(text) for text in words.overthinking(report)),
+def _leading(report: Mapping[str, Any], results: pd.DataFrame) -> pd.DataFrame:
+    """A row a policy at the report's target; at the first target with results where it has none."""
+    rows = decided(results, *table.SEARCHED).dropna(subset="accuracy")
+    rows = rows[rows["search"] != "geometric"]
+    kind, value = report["target"]["kind"], report["target"].get("value")
+    same = rows["target_kind"] == kind
+    if value is not None:
+        same &= rows["target_value"] == value
+    if not same.any():
+        same = rows["target"] == next(iter(rows["target"]), "")
+    return rows[same]
+
+
+def _series(report: Mapping[str, Any], results: pd.DataFrame) -> list[Series]:
+    curves = decided(results, "curve").groupby("policy", sort=False)
+    series = [
+        Series(str(name), np.asarray(rows["cost"], float), np.asarray(rows["accuracy"], float))
+        for name, rows in curves
     ]
-    if not bins:
-        return blocks
-    figure = plots.reliability(bins, [row["ece"] for row in report["exits"]])
-    text = (
-        "An exit that says 0.8 should be right on 80 % of such images: dots on the diagonal. Below "
-        "it the exit is too sure of itself, and a threshold on its confidence lets errors out. A "
-        "dot's area is the number of images; ECE, the expected calibration error, is the mean "
-        "distance from the diagonal."
+    exits = decided(results, "exit")
+    costs, accuracies = (np.asarray(exits[name], float) for name in ("cost", "accuracy"))
+    return [*series, Series("all images at one exit", costs, accuracies, "exits")]
+
+
+def _exit_table(report: Mapping[str, Any], results: pd.DataFrame) -> pd.DataFrame:
+    words = shown(decided(results, "exit"), ["target", "macs", "cost", "accuracy", "ece"])
+    return words.assign(temperature=[f"{row['temperature']:.2f}" for row in report["exits"]])
+
+
+def _training(train: Mapping[str, Any]) -> str:
+    if not train.get("epochs"):
+        return "Nothing was trained in this run."
+    return (
+        f"{train['epochs']} epochs of training, {train['seconds']:,.0f} s, "
+        f"{train['images_per_second']:,.0f} images a second."
     )
-    alt = (
-        "Accuracy against confidence for each exit; the calibration errors are in the table above."
-    )
-    return [
-        *blocks,
-        "<h3>Reliability</h3>",
-        page.paragraph(text),
-        page.plot(figure, "fig-reliability", alt),
-    ]
-
-
-def _time_blocks(report: Mapping[str, Any]) -> list[str]:
-    if not report["inference"]:
-        return [page.paragraph("Inference was not timed in this run.", "soft")]
-    text = (
-        "Measured time of a batch with early exit (ms) beside the network without early exits "
-        "(plain ms). Speedup is plain over measured, below 1 a loss; efficiency is the ideal time, "
-        "that of the stages which the images need, over the measured one. Spread is the "
-        "interquartile range over the median."
-    )
-    return [page.paragraph(text), page.table(words.inference_cells(report, full=True))]
-
-
-def _training_blocks(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
-    blocks = [page.paragraph(words.training(report))]
-    if not history:
-        return [*blocks, page.paragraph("No history of the training was kept.", "soft")]
-    text = (
-        "Each exit has a line of its own, dark for the first and light for the last; a growing gap "
-        "between training and held-out accuracy is overfitting."
-    )
-    figure, alt = plots.training_curves(history), "Loss and accuracy per exit by epoch."
-    return [*blocks, page.paragraph(text), page.plot(figure, "fig-training", alt)]
-
-
-def _gallery_blocks(
-    by_exit: Mapping[int, Gallery], exits: int, classes: Sequence[str]
-) -> list[str]:
-    text = (
-        "Test images by the exit that answered them, easy ones first: exit by exit, and the most "
-        "confident answers of an exit first. Below each are the answer and its confidence; a "
-        "wrong answer has a frame and the true class."
-    )
-    pictures = [page.gallery(by_exit.get(e), e + 1, classes) for e in range(exits)]
-    return [page.paragraph(text), *pictures]
-
-
-# --- the terminal and the files
-
-
-def _rich(title: str, cells: words.Cells) -> Table:
-    # Columns of numbers never wrap; columns of words give way, so that 80 columns hold every digit.
-    made = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for name in cells.columns:
-        wraps = name in cells.text
-        header = Text(name if wraps else name.replace(" ", "\n"))
-        justify = "left" if wraps else "right"
-        made.add_column(header, justify=justify, no_wrap=not wraps, overflow="fold")
-    for row in cells.rows:
-        made.add_row(*map(Text, row))
-    return made
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON holds it: NumPy to lists and numbers, what is not finite to None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes beside the file and renames, so that a reader never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

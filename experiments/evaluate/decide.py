@@ -1,0 +1,286 @@
+"""From the traces of a network to thresholds and what they come to on the test split.
+
+Each split has one use: policies are fitted on `calibrate`, thresholds chosen on `choose`, risks
+certified on `certify`, and everything that is reported is of `test`. Main job and comparison both
+decide here. A policy is fitted once, and its thresholds for all budgets come from one search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eejax import policies
+from eejax.evaluation import metrics
+from eejax.evaluation.routing import Routed, Scored, route, score
+from eejax.policies import Policy
+from eejax.selection import thresholds
+from eejax.selection.placement import keep_trace
+from eejax.selection.thresholds import Choice
+from eejax.trace import Trace
+from experiments.report.table import accuracy_columns, target_columns
+
+
+class Traces(NamedTuple):
+    """One trace a split.
+
+    Attributes:
+      calibrate: temperatures, and everything else that is fitted after training.
+      choose: thresholds.
+      certify: risks; None where nothing is certified.
+      test: is reported.
+    """
+
+    calibrate: Trace
+    choose: Trace
+    certify: Trace | None
+    test: Trace
+
+
+class View(NamedTuple):
+    """A fitted policy, and its scores on each split.
+
+    Attributes:
+      name: of the policy.
+      policy: fitted on the split `calibrate`.
+      exits: the exits, or members of a cascade, in use, from 0.
+      choose, certify, test: scores on these splits.
+      correct: `[N, E]` on the split `choose`.
+      cost: `[E]`, of leaving at each exit, as fractions.
+      ms: `[E]`, the same in milliseconds for a batch; empty where no target is in them.
+    """
+
+    name: str
+    policy: Policy
+    exits: tuple[int, ...]
+    choose: Scored
+    certify: Scored | None
+    test: Scored
+    correct: np.ndarray
+    cost: np.ndarray
+    ms: np.ndarray
+
+
+class Targets(NamedTuple):
+    """What thresholds are searched for.
+
+    Attributes:
+      budgets: mean cost, as fractions.
+      drops: loss of accuracy against the last exit, as fractions.
+      budgets_ms: mean cost in milliseconds for a batch.
+      geometric: search for the budgets in MSDNet's way too.
+      given: thresholds to be reported beside the chosen ones.
+      curve: points of the cost curve.
+      batch: that `budgets_ms` is stated for.
+    """
+
+    budgets: tuple[float, ...]
+    drops: tuple[float, ...] = ()
+    budgets_ms: tuple[float, ...] = ()
+    geometric: bool = True
+    given: tuple[float, ...] = ()
+    curve: int = 2
+    batch: int | None = None
+
+
+class Decision(NamedTuple):
+    """Thresholds for one target.
+
+    Attributes:
+      target: `{kind, value, ...}`.
+      search: how they were chosen.
+      view: of the policy that they are for.
+      thresholds: `[E - 1]`, or None where the target cannot be met.
+      chosen: accuracy and mean cost on the split `choose`, or None.
+      words: an error, or a certificate.
+    """
+
+    target: dict[str, Any]
+    search: str
+    view: View
+    thresholds: np.ndarray | None
+    chosen: Choice | None = None
+    words: str | None = None
+
+
+def view(
+    name: str, traces: Traces, exits: tuple[int, ...], cost: np.ndarray, ms: np.ndarray
+) -> View:
+    """Fits a policy for some exits, and scores the splits with it.
+
+    Args:
+      name: of the policy.
+      traces: of the whole network.
+      exits: from 0, the exits in use.
+      cost: `[len(exits)]`.
+      ms: `[len(exits)]`, or empty.
+    """
+    calibrate, choose, test = (
+        keep_trace(trace, exits) for trace in (traces.calibrate, traces.choose, traces.test)
+    )
+    policy = policies.fit(name, calibrate, cost)
+    scored = score(policy, choose)
+    certify = None if traces.certify is None else score(policy, keep_trace(traces.certify, exits))
+    correct = scored.predictions == choose.labels[:, None]
+    return View(name, policy, exits, scored, certify, score(policy, test), correct, cost, ms)
+
+
+def decide(
+    views: Sequence[View], targets: Targets, highest: float
+) -> tuple[list[Decision], list[Decision]]:
+    """Thresholds for every target, and for the budgets of the cost curve.
+
+    Args:
+      views: one, or several to choose from for each target by accuracy on the split `choose`: the
+        members that a cascade may have. Then budgets are the only targets.
+      targets: what to search for.
+      highest: the largest budget of the cost curve.
+
+    Returns:
+      The decisions for the targets, and those for the curve.
+    """
+    low = min(v.cost[0] for v in views)
+    curve = np.linspace(low, highest, targets.curve).tolist()
+    budgets = [_budgets(v, [*targets.budgets, *curve], v.cost) for v in views]
+    decisions = [
+        _best({"kind": "budget", "value": value}, "optimal", views, [c[i] for c in budgets])
+        for i, value in enumerate(targets.budgets)
+    ]
+    if len(views[0].ms):
+        times = [_budgets(v, targets.budgets_ms, v.ms) for v in views]
+        decisions += [
+            _best(
+                {"kind": "ms", "value": value, "batch": targets.batch},
+                *("optimal", views, [c[i] for c in times]),
+            )
+            for i, value in enumerate(targets.budgets_ms)
+        ]
+    if len(views) == 1:
+        decisions += _others(views[0], targets)
+    points = [
+        _best({"kind": "curve", "value": value}, "optimal", views, [c[i] for c in budgets])
+        for i, value in enumerate(curve, start=len(targets.budgets))
+    ]
+    return decisions, points
+
+
+def _others(one: View, targets: Targets) -> list[Decision]:
+    """The geometric search, drops in accuracy, and given thresholds."""
+    data = one.choose.scores, one.correct, one.cost
+    decisions = []
+    for value in targets.budgets if targets.geometric else ():
+        choice = _tried(thresholds.geometric, *data, value)
+        decisions.append(_best({"kind": "budget", "value": value}, "geometric", [one], [choice]))
+    for value in targets.drops:
+        choice = _tried(thresholds.for_drop, *data, value)
+        decisions.append(_best({"kind": "drop", "value": value}, "optimal", [one], [choice]))
+    if targets.given:
+        given = np.asarray(targets.given, np.float32)
+        choice = thresholds.evaluate(*data, given)
+        decisions.append(Decision({"kind": "given"}, "given", one, given, choice))
+    return decisions
+
+
+def _budgets(one: View, budgets: Sequence[float], cost: np.ndarray) -> list[Choice | str]:
+    """A choice for each budget, or why there is none; the larger part of the search is shared."""
+    data = one.choose.scores, one.correct, cost
+    # The slack of the search itself.
+    able = [budget for budget in budgets if budget * (1 + 1e-9) >= cost[0]]
+    choices = iter(thresholds.for_budgets(*data, able))
+    return [
+        next(choices) if budget in able else _tried(thresholds.for_budget, *data, budget)
+        for budget in budgets
+    ]
+
+
+def _tried(search: Callable[..., Choice], *data: Any) -> Choice | str:
+    try:
+        return search(*data)
+    except ValueError as error:
+        return str(error)
+
+
+def _best(
+    target: dict[str, Any], search: str, views: Sequence[View], choices: Sequence[Choice | str]
+) -> Decision:
+    """Of several views the one that is best on the split `choose`; of equals the cheapest, and on
+    the curve the first, which has the fewest members."""
+    able = [(c, v) for c, v in zip(choices, views, strict=True) if not isinstance(c, str)]
+    if not able:
+        return Decision(target, search, views[0], None, None, str(choices[-1]))
+    curve = target["kind"] == "curve"
+    choice, best = min(
+        able, key=lambda pair: (-pair[0].accuracy, 0 if curve else pair[0].mean_cost)
+    )
+    return Decision(target, search, best, choice.thresholds, choice)
+
+
+def outcome(decision: Decision, test: Trace) -> tuple[dict[str, Any], Routed | None]:
+    """What a decision comes to on the test split, in the columns of the results table.
+
+    Args:
+      decision: thresholds, or none.
+      test: the trace that `decision.view.test` scores.
+
+    Returns:
+      The columns, and the exits and logits of each test image; None where there are no thresholds.
+    """
+    row = {**target_columns(decision.target), "search": decision.search}
+    if decision.thresholds is None:
+        return {**row, "error": decision.words}, None
+    v = decision.view
+    routed = route(v.test, decision.thresholds)
+    result = metrics.outcome(routed, test.labels, v.cost)
+    predictions = routed.logits.argmax(-1)
+    correct = v.test.predictions == test.labels[:, None]
+    row |= accuracy_columns(predictions == test.labels)
+    row |= {
+        "cost": result.mean_cost,
+        "expected_ms": float(v.ms[routed.exits].mean()) if len(v.ms) else None,
+        # The logits of `vote` count votes, and are no probabilities.
+        "ece": metrics.expected_calibration_error(routed.logits, test.labels)
+        if v.name != "vote"
+        else None,
+        "random": metrics.random_at_equal_rates(correct, result.exit_fractions),
+        "oracle": metrics.oracle_accuracy(correct, v.cost, result.mean_cost),
+        "exit_fractions": tuple(result.exit_fractions.tolist()),
+        "thresholds": tuple(map(float, decision.thresholds)),
+        "exits": v.exits,
+    }
+    if decision.chosen is not None:
+        row["chosen_accuracy"] = decision.chosen.accuracy
+        row["chosen_cost"] = decision.chosen.mean_cost
+    if "loss" in decision.target:
+        last = test.labels if decision.target["loss"] == "error" else v.test.predictions[:, -1]
+        row["risk"] = float((predictions != last).mean())
+    if decision.words is not None:
+        row["certificate"] = decision.words
+    row["met"] = met(decision.target, row, float(correct[:, -1].mean()))
+    return row, routed
+
+
+def met(target: Mapping[str, Any], row: Mapping[str, Any], last_accuracy: float) -> bool | None:
+    """Whether a target, chosen for on other data, holds on the test split."""
+    kind, value = target["kind"], target.get("value")
+    if kind == "drop":
+        return row["accuracy"] >= last_accuracy - value
+    if kind == "certificate":
+        return row["risk"] <= value and row["cost"] <= target["budget"]
+    column = {"budget": "cost", "curve": "cost", "ms": "expected_ms", "risk": "risk"}.get(kind)
+    return None if column is None else row[column] <= value
+
+
+def exit_rows(scored: Scored, test: Trace, cost: np.ndarray) -> list[dict[str, Any]]:
+    """Each exit alone: its cost, accuracy and calibration, in the columns of the results table."""
+    return [
+        {
+            **target_columns({"kind": "exit", "value": e + 1}),
+            **accuracy_columns(scored.predictions[:, e] == test.labels),
+            "policy": "none",
+            "cost": float(cost[e]),
+            "ece": metrics.expected_calibration_error(scored.logits[:, e], test.labels),
+        }
+        for e in range(len(cost))
+    ]
