@@ -217,5 +217,6 @@ def test_the_splits_are_the_ones_that_decisions_are_made_on(workdir, made):
         network = made[cell.name, cell.seed]
         assert cell.directory(workdir) == network.place
         for one, other in zip(compare_cells.traces(cell, workdir), network[2:], strict=True):
+            assert one is not None
             np.testing.assert_array_equal(one.ids, other.ids)
             np.testing.assert_array_equal(one.logits, other.logits)

@@ -34,7 +34,7 @@ def test_deadlines_are_reported(digits_run, tmp_path, capsys):
         (["--calls", "0"], "calls: 0"),
         (["--milliseconds", "-1"], "positive numbers"),
         (["--depth", "7"], "6n + 2"),
-        (["--network", "fast", "--depth", "7"], "the family fast takes none"),
+        (["--network", "fast", "--depth", "7"], "the family fast takes no depth"),
         (["--network", "nonsense"], "nonsense"),
         (["--run", "nowhere"], "experiments.cifar"),
         (["--json", "nowhere/rows.json"], "no directory nowhere"),

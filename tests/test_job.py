@@ -79,7 +79,7 @@ def test_a_target_that_cannot_be_met_is_a_row_that_says_why(report):
 
 def test_thresholds_of_ones_own_are_reported(report):
     given = [r for r in report["policies"] if r["search"] == "given"]
-    assert [r["thresholds"] for r in given] == [[1, 2, 3]] * 4
+    assert [r["thresholds"] for r in given] == [[0.25, 0.5, 0.75]] * 4
 
 
 def test_everything_is_left_in_the_working_directory(workdir):
@@ -104,7 +104,7 @@ def test_a_run_leaves_a_bundle_that_predicts_as_the_report_says(workdir, report)
     rows = [r for r in report["policies"] if r["target"] == report["target"]]
     row = next(r for r in rows if r["name"] == "max_prob")
     timed = table.timed(table.read_csv(workdir / "results.csv"))
-    assert timed["thresholds"].tolist() == [(1, 2, 3)] * 2
+    assert timed["thresholds"].tolist() == [(0.25, 0.5, 0.75)] * 2
     assert timed["executor"].tolist() == ["cond", "compact"]
     accuracy = (prediction.labels == dataset.test.labels).mean()
     # Another program may round another way.

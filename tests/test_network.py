@@ -258,7 +258,9 @@ def test_a_network_needs_a_head_for_each_stage(stages, heads):
 
 def _noisy_stage(variables, features, *, train, key=None):
     assert (key is not None) == train
-    return features + (jax.random.normal(key, ()) if train else 0), variables.get("batch_stats", {})
+    return features + (0 if key is None else jax.random.normal(key, ())), variables.get(
+        "batch_stats", {}
+    )
 
 
 def _noisy_head(variables, features, memory, *, train, key=None):

@@ -95,7 +95,10 @@ def test_many_policies_look_different_and_a_legend_lies_outside_the_axes() -> No
     looks = {(h.get_color(), h.get_marker(), str(h.get_linestyle())) for h in legend.legend_handles}  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     assert len(looks) == len(NAMES)
     box = legend.get_window_extent()
-    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    for axes in figure.axes:
+        inside = axes.get_tightbbox()
+        assert inside is not None
+        assert not box.overlaps(inside)
 
 
 def test_histogram_heights_and_words() -> None:

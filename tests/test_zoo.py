@@ -117,7 +117,7 @@ def test_the_tables_of_the_docs_are_what_the_command_prints(capsys):
 
 def test_every_family_has_its_rows_in_the_docs():
     for name, family in FAMILIES.items():
-        assert len(re.findall(rf"^\| `{name}` \|", DOCS, re.MULTILINE)) == 2
+        assert len(re.findall(rf"^\| `{name}` \| \d", DOCS, re.MULTILINE)) == 2
         for each in family.published:
             row = f"| {each.name} | {each.parameters:,} | {each.parameters:,} |"
             assert DOCS.count(row) == 1, each.name

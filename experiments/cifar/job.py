@@ -121,10 +121,11 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
 
     # Traces, and every decision, once.
     with console.status("recording traces and choosing thresholds"):
-        held_out = (
-            collect(network, variables, *split) for split in (dataset.calibrate, dataset.choose)
+        calibrate, choose, test = (
+            collect(network, variables, *split)
+            for split in (dataset.calibrate, dataset.choose, dataset.test)
         )
-        traces = Traces(*held_out, None, collect(network, variables, *dataset.test))
+        traces = Traces(calibrate, choose, None, test)
         np.savez(workdir / "trace_test.npz", **traces.test._asdict())
         rows, chosen = _decide(config, traces, costs, learned_gate)
 
@@ -159,7 +160,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
     results = table.frame([*rows, *(table.timed_row(chosen.row, row) for row in inference)])
 
     # The report.
-    test, scored = dataset.test, chosen.view.test
+    scored = chosen.view.test
     temperatures = chosen.view.policy.params.temperatures
     exits = table.decided(results, "exit")
     result = {
@@ -191,7 +192,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
             )
         },
         "inference": inference,
-        "overthinking": metrics.overthinking(scored.predictions, test.labels),
+        "overthinking": metrics.overthinking(scored.predictions, traces.test.labels),
         "train": {
             "seconds": training_rows[-1]["seconds"],
             "images_per_second": float(np.median([r["images_per_second"] for r in training_rows])),
@@ -204,10 +205,10 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
         results,
         history=history,
         reliability=[
-            metrics.reliability(scored.logits[:, e], test.labels)._asdict()
+            metrics.reliability(scored.logits[:, e], traces.test.labels)._asdict()
             for e in range(network.num_exits)
         ],
-        gallery=_gallery(chosen.routed, test, dataset.classes, network.num_exits),
+        gallery=_gallery(chosen.routed, dataset.test, dataset.classes, network.num_exits),
     )
     console.print(report.console(result, results))
     console.print(f"\nreport: {workdir / 'report.html'}")
@@ -331,8 +332,8 @@ def _gallery(
         [
             {
                 "image": test.images[i],
-                "predicted": classes[predictions[i]],
-                "truth": classes[test.labels[i]],
+                "predicted": classes[int(predictions[i])],
+                "truth": classes[int(test.labels[i])],
                 "confidence": float(confidence[i]),
             }
             for i in order[routed.exits[order] == e][:GALLERY]

@@ -164,7 +164,8 @@ def read(model: Model, policy: str, settings: Settings, workdir: Path) -> Decide
     """Reads what `decide` wrote."""
     target = path(model, policy, settings, workdir)
     with np.load(target.with_suffix(".npz")) as stored:
-        return Decided(*json.loads(target.read_text()), dict(stored))
+        rows, curve, fitted, drift = json.loads(target.read_text())
+        return Decided(rows, curve, fitted, drift, dict(stored))
 
 
 def _decided(model: Model, policy: str, settings: Settings, workdir: Path) -> Decided:

@@ -248,7 +248,8 @@ def _panels(results: Results) -> dict[str, list[Series]]:
         for c in results["curves"]
         if c["regime"] == "cascade"
     ]
-    static = pd.DataFrame([(s["cost"], s["accuracy"]["mean"]) for s in results["static"]]).T
+    cost = np.array([s["cost"] for s in results["static"]])
+    accuracy = np.array([s["accuracy"]["mean"] for s in results["static"]])
     panels = {}
     for regime in results["regimes"]:
         curves = [c for c in results["curves"] if c["regime"] == regime["name"]]
@@ -256,9 +257,12 @@ def _panels(results: Results) -> dict[str, list[Series]]:
         panels[regime["name"]] = [
             *(series(c, c["policy"]) for c in curves),
             *cascades,
-            *([Series("plain networks", *static.to_numpy(), "networks")] if len(static) else []),
+            *([Series("plain networks", cost, accuracy, "networks")] if len(cost) else []),
             Series(
-                "oracle (upper bound)", oracle["cost"].values, oracle["accuracy"].values, "bound"
+                "oracle (upper bound)",
+                oracle["cost"].to_numpy(),
+                oracle["accuracy"].to_numpy(),
+                "bound",
             ),
         ]
     return panels
@@ -417,4 +421,4 @@ def _name(scheme: Mapping[str, Any]) -> str:
 
 
 def _spread(rows: pd.DataFrame) -> str:
-    return shown(rows, ["accuracy"]).iloc[0, 0]
+    return str(shown(rows, ["accuracy"]).iloc[0, 0])

@@ -302,7 +302,7 @@ def _drift(groups: Groups, kinds: Sequence[str]) -> list[Row]:
         whats = dict.fromkeys(part["what"] for part in parts)
         for what in whats:
             same = [part for part in parts if part["what"] == what]
-            row = {key: same[0][key] for key in ("corruption", "severity", "target")}
+            row: Row = {key: same[0][key] for key in ("corruption", "severity", "target")}
             row |= {"regime": regime, "policy": policy, "seeds": len(same)}
             row |= {n: float(np.mean([part[n] for part in same])) for n in ("accuracy", "cost")}
             if row["target"]["kind"] == "risk":

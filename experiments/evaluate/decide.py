@@ -263,7 +263,8 @@ def outcome(decision: Decision, test: Trace) -> tuple[dict[str, Any], Routed | N
 
 def met(target: Mapping[str, Any], row: Mapping[str, Any], last_accuracy: float) -> bool | None:
     """Whether a target, chosen for on other data, holds on the test split."""
-    kind, value = target["kind"], target.get("value")
+    kind: str = target["kind"]
+    value: Any = target.get("value")
     if kind == "drop":
         return row["accuracy"] >= last_accuracy - value
     if kind == "certificate":

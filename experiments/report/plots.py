@@ -82,7 +82,8 @@ def tradeoff(panels: Mapping[str, Sequence[Series]], xlabel: str) -> Figure:
     """
     every = [s for series in panels.values() for s in series]
     names = list(dict.fromkeys(s.name for s in every if s.kind == "policy"))
-    x, y = (np.concatenate([np.ravel(s[i]) for s in every] or [np.empty(0)]) for i in (1, 2))
+    x = np.concatenate([np.ravel(s.x) for s in every] or [np.empty(0)])
+    y = np.concatenate([np.ravel(s.y) for s in every] or [np.empty(0)])
     seen = np.isfinite(x) & np.isfinite(y)
     if not seen.any():
         raise ValueError("no point to draw: give at least one finite cost and accuracy.")
@@ -329,7 +330,7 @@ def intervals(names: Sequence[str], ends: ArrayLike, significant: Sequence[bool]
             face = colour if significant[k] else "white"
             axes.plot([low[k], high[k]], [i, i], color=colour)
             axes.plot(mean[k], i, "o", color=colour, markerfacecolor=face, markersize=5)
-        axes.set_yticks(range(len(names)), [names[k] for k in order], fontsize=8)
+        axes.set_yticks(range(len(names)), [str(names[k]) for k in order], fontsize=8)
         axes.set_ylim(-0.7, len(names) - 0.3)
         axes.grid(visible=False, axis="y")
     return figure
@@ -344,8 +345,9 @@ def drift(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     kinds = list(dict.fromkeys(row["corruption"] for row in rows))
     parts = [("accuracy", "accuracy (%)", 100), ("cost", "mean cost", 1)]
-    epsilon = rows[0].get("epsilon")
-    parts += [("risk", "risk (%)", 100)] if epsilon is not None else []
+    epsilon: float | None = rows[0].get("epsilon")
+    if epsilon is not None:
+        parts.append(("risk", "risk (%)", 100))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 2.9), layout="constrained")
         grid = figure.subplots(1, len(parts), squeeze=False)[0]
@@ -354,7 +356,7 @@ def drift(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 here = [row for row in rows if row["corruption"] == kind]
                 line = sorted((row["severity"], scale * row[key]) for row in here)
                 axes.plot(*np.asarray(line, float).T, **_look(i), markersize=4, label=kind)
-            if key == "risk":
+            if key == "risk" and epsilon is not None:
                 style = {"color": INK, "linewidth": 0.9, "linestyle": "--"}
                 axes.axhline(100 * epsilon, label="promised risk", **style)
             axes.set(xlabel="severity (0: clean)", ylabel=label)

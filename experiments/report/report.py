@@ -61,7 +61,10 @@ def write(
     searched = decided(results, *table.SEARCHED)
     failed = searched[searched["error"].notna()]
     leading = _leading(report, results)
-    fractions = {f"{row.policy}, {row.target}": row.exit_fractions for row in leading.itertuples()}
+    fractions = {
+        f"{row.policy}, {row.target}": np.asarray(row.exit_fractions, float)
+        for row in leading.itertuples()
+    }
     exits = decided(results, "exit")
     page.write(
         workdir / "report.html",
@@ -128,7 +131,7 @@ def headline(report: Mapping[str, Any], results: pd.DataFrame) -> str:
     best = leading["chosen_accuracy"].fillna(0.0).idxmax()
     if report["target"]["kind"] == "given" and len(measured):
         best = (leading["policy"] == measured["policy"].iloc[0]).idxmax()
-    row = leading.loc[best]
+    row = leading.loc[[best]].iloc[0]
     words = (
         f"At {100 * row['cost']:.0f} % of the whole network's multiply-accumulates, "
         f"{row['policy']} classifies {100 * row['accuracy']:.1f} % of the test images "

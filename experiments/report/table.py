@@ -134,7 +134,8 @@ def target_columns(target: Mapping[str, Any]) -> dict[str, Any]:
 
 def target_words(target: Mapping[str, Any]) -> str:
     """A target in words: "cost <= 0.50", "drop <= 1.0 points", "disagreement <= 5.0 % (crc)"."""
-    kind, value = target["kind"], target.get("value")
+    kind: str = target["kind"]
+    value: Any = target.get("value")
     if kind in ("budget", "curve"):
         return f"cost <= {value:.2f}"
     if kind == "ms":
