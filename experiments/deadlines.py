@@ -22,10 +22,10 @@ from rich.table import Table
 import eejax
 from experiments import command_line
 from experiments.checks import require, require_all
+from experiments.files import write_json
 from experiments.latency.arguments import check_parents, spaced
 from experiments.latency.workload import Workload, random_workload, run_workload
 from experiments.report.environment import describe
-from experiments.report.files import write_json
 from experiments.train.config import FamilyName, NetworkConfig
 
 IMAGES = 64

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from made_data import some
 
 from experiments.data import cache
+from experiments.files import replacing
 
 
 def small(n=4):
@@ -93,7 +94,7 @@ def test_writers_at_once_leave_one_whole_cache(tmp_path):
 
 def test_two_writers_do_not_share_a_temporary_file(tmp_path):
     path = tmp_path / "file"
-    with cache.replacing(path) as one, cache.replacing(path) as two:
+    with replacing(path) as one, replacing(path) as two:
         one.write_text("one")
         two.write_text("two")
         assert one != two
@@ -106,7 +107,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path.write_text("old")
 
     def fail():
-        with cache.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text("half")
             raise KeyError
 

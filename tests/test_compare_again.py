@@ -29,8 +29,8 @@ from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
 from experiments.compare import report as compare_report
 from experiments.compare import timing as compare_timing
+from experiments.files import write_json as write_file
 from experiments.report import plots
-from experiments.report.files import write_json as write_file
 
 
 @pytest.fixture(scope="module")

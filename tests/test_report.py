@@ -18,9 +18,9 @@ from page import check_stands_alone
 from PIL import Image
 from rich.console import Console
 
+from experiments.files import write_json
 from experiments.report import report as reports
 from experiments.report import table
-from experiments.report.files import write_json
 from experiments.report.report import headline, summary
 from experiments.report.table import target_columns, timed_row
 

@@ -28,9 +28,9 @@ from experiments.data import splits as data
 from experiments.evaluate import timing
 from experiments.evaluate.artifact import save_bundle
 from experiments.evaluate.decide import Targets, Traces, View, decide, exit_rows, outcome, view
+from experiments.files import write_json
 from experiments.report import report, table
 from experiments.report.environment import describe
-from experiments.report.files import write_json
 from experiments.train import loop, trained
 
 GALLERY = 24

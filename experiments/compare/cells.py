@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -22,10 +21,10 @@ from eejax.trace import Trace, collect, fingerprints, read_trace, save_trace
 from experiments.command_line import to_json
 from experiments.compare.config import Comparison, DriftConfig
 from experiments.data import splits
-from experiments.data.cache import replacing
 from experiments.data.config import DataConfig
 from experiments.data.corruptions import corrupt
 from experiments.evaluate.decide import Traces
+from experiments.files import digest, replacing, write_json
 from experiments.train import loop
 from experiments.train import trained as training
 from experiments.train.config import PLAIN_REGIME, NetworkConfig, TrainConfig, narrowed
@@ -72,9 +71,8 @@ class Cell:
             settings["data"].pop(where)
         for pace in ("steps_per_dispatch", "checkpoint_seconds"):
             settings["train"].pop(pace)
-        text = json.dumps([FORMAT, settings], sort_keys=True)
         words = "".join(c if c.isalnum() else "-" for c in self.name).strip("-")
-        return f"{words}-seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{words}-seed{self.seed}-{digest([FORMAT, settings])}"
 
     def directory(self, workdir: Path) -> Path:
         """Its directory."""
@@ -223,5 +221,4 @@ def _train(cell: Cell, place: Path) -> None:
         "macs": result.costs.cumulative.tolist(),
         "gate_mean": result.rows[-1]["gate_mean"],
     }
-    with replacing(place / DONE) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1))
+    write_json(place / DONE, facts)

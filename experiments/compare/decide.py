@@ -29,9 +29,9 @@ from experiments.compare import cells as compare_cells
 from experiments.compare.cells import Cell
 from experiments.compare.certify import certified
 from experiments.compare.config import DriftConfig, GuaranteeConfig, TargetsConfig
-from experiments.data.cache import replacing
 from experiments.evaluate import decide as evaluate
 from experiments.evaluate.decide import Targets, Traces, View, outcome
+from experiments.files import digest, replacing, write_text
 
 CASCADE = "cascade"
 MOST_MEMBERS = 3
@@ -112,8 +112,8 @@ def path(model: Model, policy: str, settings: Settings, workdir: Path) -> Path:
         [to_json(part) for part in settings[:3]],
         settings.batch,
     ]
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    return workdir / "decisions" / f"{model.name}-seed{model.seed}-{policy}-{digest}.json"
+    name = f"{model.name}-seed{model.seed}-{policy}-{digest(made_of)}.json"
+    return workdir / "decisions" / name
 
 
 @functools.cache
@@ -156,8 +156,7 @@ def decide(model: Model, policy: str, settings: Settings, workdir: Path) -> None
     *parts, arrays = _decided(model, policy, settings, workdir)
     with replacing(target.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    with replacing(target) as temporary:
-        temporary.write_text(json.dumps(parts))
+    write_text(target, json.dumps(parts))
 
 
 def read(model: Model, policy: str, settings: Settings, workdir: Path) -> Decided:

@@ -27,8 +27,8 @@ from experiments.compare.config import Comparison
 from experiments.compare.decide import CASCADE, Choice, Model, Settings
 from experiments.compare.differences import correct_at_last
 from experiments.compare.results import assemble
+from experiments.files import write_json
 from experiments.report.environment import describe
-from experiments.report.files import write_json
 from experiments.train import pool as compare_pool
 from experiments.train import trained
 from experiments.train.pool import Job

@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.text import Text
 
-from experiments.data.cache import replacing
+from experiments.files import write_json, write_text
 from experiments.report import page, plots
 from experiments.report import table as results_table
-from experiments.report.files import write_json
 from experiments.report.plots import Series
 from experiments.report.report import DESCRIPTION, made, overthinking
 from experiments.report.table import over_seeds, shown, target_words
@@ -50,8 +49,7 @@ def write(workdir: Path, results: Results, table: pd.DataFrame) -> None:
     write_json(workdir / "results.json", results)
     results_table.write_csv(workdir / "results.csv", table)
     means = over_seeds(table[table["executor"].isna()])
-    with replacing(workdir / "table.tex") as temporary:
-        temporary.write_text(latex(results, means), encoding="utf-8")
+    write_text(workdir / "table.tex", latex(results, means))
     figures = _figures(results, table)
     plots.save(workdir / "figures", figures)
     guarantees = means[means["target_kind"].isin(results_table.GUARANTEES)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from eejax.policies.base import Policy
 from eejax.selection.placement import choose_exits, keep_trace
 from experiments.compare import cells as compare_cells
 from experiments.compare.cells import Cell
-from experiments.data.cache import replacing
+from experiments.files import digest, write_json
 from experiments.report.environment import PACKAGES, describe
 from experiments.train import trained
 
@@ -195,12 +194,10 @@ def _kept(workdir: Path, kind: str, made_of: Any, measure: Callable[[], Any]) ->
     """What was measured before in the same environment, else measured now."""
     here = describe("", [], datetime.datetime.now())
     versions = {name: here["versions"][name] for name in ("python", *PACKAGES)}
-    text = json.dumps([FORMAT, made_of, here["device"], versions], sort_keys=True)
-    path = workdir / "timing" / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    name = digest([FORMAT, made_of, here["device"], versions])
+    path = workdir / "timing" / f"{kind}-{name}.json"
     if path.exists():
         return json.loads(path.read_text())
-    path.parent.mkdir(parents=True, exist_ok=True)
     measured = measure()
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(measured))
+    write_json(path, measured)
     return measured

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from experiments.files import replacing
 
 FORMAT = 1  # raise it when the content, or the order of the images, changes
 
@@ -124,17 +124,6 @@ def is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` at the end, removed after an exception."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _header(stored) -> dict:

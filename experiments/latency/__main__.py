@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.command_line import complain, execute
+from experiments.files import write_json
 from experiments.latency import plot
 from experiments.latency import rows as latency_rows
 from experiments.latency.arguments import Arguments, parse
@@ -26,7 +27,6 @@ from experiments.latency.distributions import exit_rates
 from experiments.latency.strategies import is_stream, note
 from experiments.latency.workload import Workload, random_workload, run_workload
 from experiments.report.environment import describe
-from experiments.report.files import write_json
 
 COLUMNS = ("images leave", "strategy", "ms", "spread", "ideal", "eff.", "speedup")
 COLUMNS += ("eff.*", "speedup*", "pays")

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.data.cache import replacing
+from experiments.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 _THUMBNAIL = 64  # pixels a side, about; images grow by whole numbers so that pixels stay square
@@ -38,10 +38,7 @@ def write(path: Path, template: str, **values: Any) -> None:
     )
     environment.filters |= {"thumbnail": thumbnail, "tied": _tied}
     environment.globals |= {"svg": svg, "text_columns": text_columns}
-    text = environment.get_template(template).render(**values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, environment.get_template(template).render(**values))
 
 
 def svg(figure: Figure, prefix: str, description: str) -> Markup:

@@ -25,8 +25,8 @@ import pandas as pd
 from rich.console import Group
 from rich.text import Text
 
+from experiments.files import write_json
 from experiments.report import page, plots, table
-from experiments.report.files import write_json
 from experiments.report.plots import Series
 from experiments.report.table import decided, shown
 

@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy import stats
 
-from experiments.data.cache import replacing
+from experiments.files import write_text
 
 
 class Column(NamedTuple):
@@ -251,8 +251,7 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
         if column.dtype == "object":
             values = [None if v is None else " ".join(map(str, v)) for v in table[name]]
             flat[name] = pd.Series(values, index=table.index, dtype="string")
-    with replacing(path) as temporary:
-        flat.to_csv(temporary, index=False)
+    write_text(path, flat.to_csv(index=False))
 
 
 def read_csv(path: Path) -> pd.DataFrame:
