@@ -7,7 +7,6 @@ python -m experiments.deadlines --run runs/digits --milliseconds 0.3 0.5
 
 from __future__ import annotations
 
-import datetime
 import sys
 import time
 from collections.abc import Sequence
@@ -77,8 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
     def work(begun: tuple[Arguments, Workload]) -> None:
         arguments, workload = begun
-        now = datetime.datetime.now().astimezone()
-        environment = describe("experiments.deadlines", argv, now)
+        environment = describe("experiments.deadlines", argv)
         with console.status(f"{arguments.calls} calls of each deadline"):
             rows = measure(workload, arguments.milliseconds, arguments.calls)
         console.print(f"{workload.name}\n{environment['device']}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from eejax.checkpoint import CheckpointError
 from experiments.cifar import job
-from experiments.cifar.cli import Arguments, parse
+from experiments.cifar.cli import parse
 from experiments.command_line import execute
 
 
@@ -24,12 +24,9 @@ def main(argv: Sequence[str]) -> int:
       The exit status: 0; 2 for a mistake; 1 for a training that diverged or checkpoints that
       cannot be read; 128 + n after signal n.
     """
-
-    def begin() -> tuple[Arguments, job.Prepared]:
-        arguments = parse(argv)
-        return arguments, job.prepare(arguments, argv)
-
-    return execute(begin, lambda begun: job.run(*begun), (FloatingPointError, CheckpointError))
+    return execute(
+        lambda: job.prepare(parse(argv), argv), job.run, (FloatingPointError, CheckpointError)
+    )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Prepared(NamedTuple):
     """What a run begins with.
 
     Attributes:
+      config: checked.
       dataset: its splits.
       network: reads its images.
       workdir: a directory that holds `config.json`.
@@ -48,6 +49,7 @@ class Prepared(NamedTuple):
       console: for messages.
     """
 
+    config: Config
     dataset: data.Dataset
     network: EarlyExitNetwork
     workdir: Path
@@ -89,10 +91,10 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     workdir, environment = _begin(arguments, argv, dataset)
     if environment["notice"]:
         console.print(Panel(environment["notice"], title="NOTICE", style="bold yellow"))
-    return Prepared(dataset, network, workdir, environment, console)
+    return Prepared(config, dataset, network, workdir, environment, console)
 
 
-def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
+def run(prepared: Prepared) -> dict[str, Any]:
     """Trains, chooses, measures, and returns the report that it wrote.
 
     Raises:
@@ -100,8 +102,7 @@ def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
       CheckpointError: `--resume`, and no checkpoint can be read.
       loop.Stopped: a signal came; the state is saved.
     """
-    config = arguments.run
-    dataset, network, workdir, environment, console = prepared
+    config, dataset, network, workdir, environment, console = prepared
 
     # Training.
     training = _train_run(config)
@@ -296,7 +297,7 @@ def _begin(
         "data_source": dataset.source,
         "notice": dataset.notice,
         "seed": arguments.run.seed,
-        **describe("experiments.cifar", argv, now),
+        **describe("experiments.cifar", argv),
     }
     workdir.mkdir(parents=True, exist_ok=True)
     config = to_json(arguments.run)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from experiments.command_line import execute
 from experiments.compare import job
-from experiments.compare.cli import Arguments, parse
+from experiments.compare.cli import parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,12 +23,7 @@ def main(argv: Sequence[str]) -> int:
       The exit status: 0; 2 for a mistake; 1 where nothing could be compared, because every network
       failed; 130 when it was interrupted.
     """
-
-    def begin() -> tuple[Arguments, job.Prepared]:
-        arguments = parse(argv)
-        return arguments, job.prepare(arguments, argv)
-
-    return execute(begin, lambda begun: job.run(*begun), (job.NothingToCompare,))
+    return execute(lambda: job.prepare(parse(argv), argv), job.run, (job.NothingToCompare,))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import itertools
 import time
@@ -42,11 +41,15 @@ class Prepared(NamedTuple):
     """What a comparison begins with.
 
     Attributes:
+      config: checked.
+      workers: trainings, and choices, at a time.
       workdir: its directory, with `config.json`.
       environment: data set, device, versions, command and date, for the report.
       console: for messages.
     """
 
+    config: Comparison
+    workers: int
     workdir: Path
     environment: dict[str, Any]
     console: Console
@@ -81,7 +84,7 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
             name: len(getattr(dataset, name).labels)
             for name in ("train", "calibrate", "choose", "certify", "test")
         },
-        **describe("experiments.compare", argv, datetime.datetime.now().astimezone()),
+        **describe("experiments.compare", argv),
     }
     if arguments.resume:
         # By its stored name the data set is no fall-back any more; the comparison still is.
@@ -92,19 +95,18 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     if environment["notice"]:
         console.print(Panel(environment["notice"], title="NOTICE", style="bold yellow"))
     console.print(f"{dataset.name}: {dataset.source}\neverything goes to {workdir}")
-    return Prepared(workdir, environment, console)
+    workers = arguments.jobs or compare_pool.default_workers()
+    return Prepared(config, workers, workdir, environment, console)
 
 
-def run(arguments: Arguments, prepared: Prepared) -> dict[str, Any]:
+def run(prepared: Prepared) -> dict[str, Any]:
     """Trains, decides, measures, and returns the results that it wrote.
 
     Raises:
       NothingToCompare: not one network with early exits could be trained.
       KeyboardInterrupt: a signal came; what is done is kept.
     """
-    config = arguments.run
-    workdir, environment, console = prepared
-    workers = arguments.jobs or compare_pool.default_workers()
+    config, workers, workdir, environment, console = prepared
     seconds: dict[str, float] = {}
 
     # Every network, with every seed, and what it says of every split.

@@ -6,7 +6,6 @@ fetching the answer. Nothing else of the comparison runs meanwhile.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from eejax.selection.placement import choose_exits, keep_trace
 from experiments.compare import cells as compare_cells
 from experiments.compare.cells import Cell
 from experiments.files import digest, write_json
-from experiments.report.environment import PACKAGES, describe
+from experiments.report.environment import device, versions
 from experiments.train import trained
 
 FORMAT = 4  # raise it when what is measured, or how, changes
@@ -192,9 +191,7 @@ def placed(
 
 def _kept(workdir: Path, kind: str, made_of: Any, measure: Callable[[], Any]) -> Any:
     """What was measured before in the same environment, else measured now."""
-    here = describe("", [], datetime.datetime.now())
-    versions = {name: here["versions"][name] for name in ("python", *PACKAGES)}
-    name = digest([FORMAT, made_of, here["device"], versions])
+    name = digest([FORMAT, made_of, device(), versions()])
     path = workdir / "timing" / f"{kind}-{name}.json"
     if path.exists():
         return json.loads(path.read_text())

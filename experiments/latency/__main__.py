@@ -9,7 +9,6 @@ python -m experiments.latency --run runs/digits --json latency.json --picture la
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -76,8 +75,7 @@ def workload(arguments: Arguments) -> Workload:
 
 def measure(arguments: Arguments, workload: Workload, argv: Sequence[str], console: Console) -> int:
     """Times everything, prints and writes it; returns the exit status."""
-    now = datetime.datetime.now().astimezone()
-    environment = describe("experiments.latency", argv, now)
+    environment = describe("experiments.latency", argv)
     console.print(f"{workload.name}\n{environment['device']}")
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
