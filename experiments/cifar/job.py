@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 
-from eejax import cost
+from eejax import bundle, cost
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import Routed
 from eejax.inference.compaction import compact
@@ -26,12 +28,12 @@ from experiments.cifar.config import Config
 from experiments.command_line import read_run, to_json
 from experiments.data import splits as data
 from experiments.evaluate import timing
-from experiments.evaluate.artifact import save_bundle
 from experiments.evaluate.decide import Targets, Traces, View, decide, exit_rows, outcome, view
 from experiments.files import write_json
 from experiments.report import report, table
 from experiments.report.environment import describe
 from experiments.train import loop, trained
+from experiments.train.config import network_arguments
 
 GALLERY = 24
 COLLAPSED = 0.2
@@ -138,8 +140,20 @@ def run(prepared: Prepared) -> dict[str, Any]:
         policy, thresholds = chosen.view.policy, np.asarray(chosen.row["thresholds"], np.float32)
         names = ("dataset", "seed", "command", "date", "versions")
         metadata = {name: environment[name] for name in names}
-        parts = (config.network, dataset, variables, policy, thresholds, costs, metadata)
-        save_bundle(workdir, *parts)
+        whole = bundle.Bundle(
+            config.network.name,
+            network_arguments(config.network),
+            dataset.classes,
+            dataset.train.images.shape[1:],
+            dataset.mean,
+            dataset.std,
+            variables,
+            policy,
+            thresholds,
+            costs,
+            metadata,
+        )
+        bundle.save(whole, workdir / bundle.SUBDIRECTORY)
         with console.status("timing compiled inference"):
             for strategy, executor, batch, batches in (
                 ("cond", cond, 1, 50),
@@ -183,13 +197,10 @@ def run(prepared: Prepared) -> dict[str, Any]:
         ],
         "policies": [_policy(row) for row in rows if row["target_kind"] in table.SEARCHED],
         "curve": {
-            name: [
-                _policy(row, curve=True)
-                for row in rows
-                if row["policy"] == name and row["target_kind"] == "curve"
-            ]
-            for name in dict.fromkeys(
-                row["policy"] for row in rows if row["target_kind"] == "curve"
+            name: [_numbers(row) for row in points]
+            for name, points in itertools.groupby(
+                (row for row in rows if row["target_kind"] == "curve"),
+                key=operator.itemgetter("policy"),
             )
         },
         "inference": inference,
@@ -258,27 +269,22 @@ def _decide(
     return rows, timed[0]
 
 
-def _policy(row: Mapping[str, Any], *, curve: bool = False) -> dict[str, Any]:
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Cost and accuracy of a row, by their names in report.json."""
+    names = {"mean_macs": "macs", "mean_fraction": "cost", "accuracy": "accuracy"}
+    return {name: row.get(column) for name, column in names.items()}
+
+
+def _policy(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as report.json holds it."""
-    numbers = {
-        "mean_macs": row["macs"],
-        "mean_fraction": row.get("cost"),
-        "accuracy": row.get("accuracy"),
-    }
-    if curve:
-        return numbers
-    target = {"kind": row["target_kind"]}
-    if row["target_value"] is not None:
-        target["value"] = row["target_value"]
-    more = {name: row.get(name) for name in ("exit_fractions", "ece", "thresholds", "met", "error")}
-    chosen = {"accuracy": row.get("chosen_accuracy"), "mean_fraction": row.get("chosen_cost")}
+    target = {"kind": row["target_kind"], "value": row["target_value"]}
+    more = ("search", "exit_fractions", "ece", "thresholds", "met", "error")
     return {
         "name": row["policy"],
-        "target": target,
-        "search": row["search"],
-        **numbers,
-        **more,
-        "chosen": chosen,
+        "target": {name: value for name, value in target.items() if value is not None},
+        **_numbers(row),
+        **{name: row.get(name) for name in more},
+        "chosen": {"accuracy": row.get("chosen_accuracy"), "mean_fraction": row.get("chosen_cost")},
     }
 
 
