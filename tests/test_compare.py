@@ -32,7 +32,8 @@ from eejax.trace import fingerprints
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
 from experiments.compare.cli import parse
-from experiments.compare.decide import Model, Settings
+from experiments.compare.config import Comparison
+from experiments.compare.decide import Model
 from experiments.data import splits as data
 
 
@@ -153,7 +154,7 @@ def test_a_risk_is_certified_on_samples_of_its_own(results, made, regime):
 
 
 @pytest.fixture(scope="module")
-def models(workdir: Path) -> tuple[list[Model], Settings]:
+def models(workdir: Path) -> tuple[list[Model], Comparison]:
     """A network with early exits and a cascade, and what they are to be decided for."""
     config = parse(FLAGS).run
     cells = [c for c in compare_cells.cells(config) if c.seed == 0]
@@ -167,13 +168,13 @@ def models(workdir: Path) -> tuple[list[Model], Settings]:
         Model("joint", 0, (early,), tuple((compare_cells.macs(early) / whole).tolist()), ()),
         Model("cascade", 0, tuple(static), alone, ()),
     ]
-    return found, Settings(config.targets, config.guarantee, config.drift, config.timing.batch)
+    return found, config
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["early exits", "cascade"])
 def test_nothing_is_chosen_on_the_test_split(workdir, models, monkeypatch, which):
-    model, settings = models[0][which], models[1]
-    decided = compare_decide._decided(model, "max_prob", settings, workdir)
+    model, config = models[0][which], models[1]
+    decided = compare_decide._decided(model, "max_prob", config, workdir)
     traces = compare_cells.traces
 
     def other_tests(cell, workdir):
@@ -182,7 +183,7 @@ def test_nothing_is_chosen_on_the_test_split(workdir, models, monkeypatch, which
         return found._replace(test=test)
 
     monkeypatch.setattr(compare_cells, "traces", other_tests)
-    after = compare_decide._decided(model, "max_prob", settings, workdir)
+    after = compare_decide._decided(model, "max_prob", config, workdir)
     pairs = list(zip(decided.rows, after.rows, strict=True))
     for one, other in pairs:
         for name in ("target", "search", "exits", "thresholds", "certificate", "error"):

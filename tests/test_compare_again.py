@@ -70,9 +70,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         found["run"].append("")
         return collect(*args)
 
-    def deciding(model, policy, settings, workdir):
+    def deciding(model, policy, config, workdir):
         found["decided"].append(f"{model.name}, {model.seed}, {policy}")
-        return decided(model, policy, settings, workdir)
+        return decided(model, policy, config, workdir)
 
     def timing(*args):
         found["timed"].append("")

@@ -8,6 +8,7 @@ are all that is read.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -28,7 +29,7 @@ from experiments.command_line import to_json
 from experiments.compare import cells as compare_cells
 from experiments.compare.cells import Cell
 from experiments.compare.certify import certified
-from experiments.compare.config import DriftConfig, GuaranteeConfig, TargetsConfig
+from experiments.compare.config import Comparison, DriftConfig
 from experiments.evaluate import decide as evaluate
 from experiments.evaluate.decide import Targets, Traces, View, outcome
 from experiments.files import digest, replacing, write_text
@@ -39,8 +40,8 @@ MOST_MEMBERS = 3
 # A decision depends on the source of every module that this one imports, directly or not, but for
 # these: what they change is in the traces, or in the configuration, or is no part of a decision.
 APART = ("eejax.training", "eejax.models", "eejax.pretrained", "eejax.adapters", "eejax.inference")
-APART += ("eejax.checkpoint", "experiments.train", "experiments.data.archives")
-APART += ("experiments.data.sources", "experiments.command_line", "experiments.cifar")
+APART += ("eejax.checkpoint", "experiments.train", "experiments.data.sources")
+APART += ("experiments.files", "experiments.command_line", "experiments.cifar")
 
 
 class Model(NamedTuple):
@@ -60,15 +61,6 @@ class Model(NamedTuple):
     cells: tuple[Cell, ...]
     cost: tuple[float, ...]
     ms: tuple[float, ...]
-
-
-class Settings(NamedTuple):
-    """The parts of a configuration that decisions depend on."""
-
-    targets: TargetsConfig
-    guarantee: GuaranteeConfig
-    drift: DriftConfig
-    batch: int
 
 
 class Decided(NamedTuple):
@@ -101,7 +93,7 @@ class Choice(NamedTuple):
     decided: Decided
 
 
-def path(model: Model, policy: str, settings: Settings, workdir: Path) -> Path:
+def path(model: Model, policy: str, config: Comparison, workdir: Path) -> Path:
     """Where a decision is kept; changes with everything that changes the result."""
     made_of = [
         sources(),
@@ -109,8 +101,8 @@ def path(model: Model, policy: str, settings: Settings, workdir: Path) -> Path:
         model.cost,
         model.ms,
         policy,
-        [to_json(part) for part in settings[:3]],
-        settings.batch,
+        [to_json(part) for part in (config.targets, config.guarantee, config.drift)],
+        config.timing.batch,
     ]
     name = f"{model.name}-seed{model.seed}-{policy}-{digest(made_of)}.json"
     return workdir / "decisions" / name
@@ -119,7 +111,7 @@ def path(model: Model, policy: str, settings: Settings, workdir: Path) -> Path:
 @functools.cache
 def sources() -> str:
     """A hash of the code that decides."""
-    text = b"".join(modules[name].read_bytes() for modules in [deciding()] for name in modules)
+    text = b"".join(file.read_bytes() for file in deciding().values())
     return hashlib.sha256(text).hexdigest()
 
 
@@ -149,39 +141,32 @@ def deciding() -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def decide(model: Model, policy: str, settings: Settings, workdir: Path) -> None:
+def decide(model: Model, policy: str, config: Comparison, workdir: Path) -> None:
     """Decides and writes."""
-    target = path(model, policy, settings, workdir)
+    target = path(model, policy, config, workdir)
     target.parent.mkdir(parents=True, exist_ok=True)
-    *parts, arrays = _decided(model, policy, settings, workdir)
+    *parts, arrays = _decided(model, policy, config, workdir)
     with replacing(target.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     write_text(target, json.dumps(parts))
 
 
-def read(model: Model, policy: str, settings: Settings, workdir: Path) -> Decided:
+def read(model: Model, policy: str, config: Comparison, workdir: Path) -> Decided:
     """Reads what `decide` wrote."""
-    target = path(model, policy, settings, workdir)
+    target = path(model, policy, config, workdir)
     with np.load(target.with_suffix(".npz")) as stored:
         rows, curve, fitted, drift = json.loads(target.read_text())
         return Decided(rows, curve, fitted, drift, dict(stored))
 
 
-def _decided(model: Model, policy: str, settings: Settings, workdir: Path) -> Decided:
-    traces, targets = model_traces(model, workdir), settings.targets
+def _decided(model: Model, policy: str, config: Comparison, workdir: Path) -> Decided:
+    traces = model_traces(model, workdir)
     views = _views(model, policy, traces)
-    wanted = Targets(
-        targets.budgets,
-        targets.drops,
-        targets.budgets_ms,
-        targets.geometric,
-        curve=targets.curve,
-        batch=settings.batch,
-    )
-    decisions, points = evaluate.decide(views, wanted, highest=max(model.cost))
-    if policy in settings.guarantee.policies and model.name != CASCADE:
+    targets = Targets(**dataclasses.asdict(config.targets), batch=config.timing.batch)
+    decisions, points = evaluate.decide(views, targets, highest=max(model.cost))
+    if policy in config.guarantee.policies and model.name != CASCADE:
         ids = compare_cells.training_ids(model.cells[0].run)
-        decisions += certified(views[0], traces, settings.guarantee, ids)
+        decisions += certified(views[0], traces, config.guarantee, ids)
     rows, labels = [], traces.test.labels
     exits = np.full((len(decisions), len(labels)), 255, np.uint8)
     predictions = np.full((len(decisions), len(labels)), -1, np.int16)
@@ -198,8 +183,8 @@ def _decided(model: Model, policy: str, settings: Settings, workdir: Path) -> De
         rows.append(row)
     arrays = {"exits": exits, "predictions": predictions, "correct": predictions == labels[None]}
     drift, losses = [], {}
-    if policy in settings.drift.policies and model.name != CASCADE:
-        drift, losses = _drifted(model, views[0], traces, rows, settings.drift, workdir)
+    if policy in config.drift.policies and model.name != CASCADE:
+        drift, losses = _drifted(model, views[0], traces, rows, config.drift, workdir)
     curve = [outcome(point, traces.test)[0] for point in points]
     descriptions = {}
     for view in {d.view.exits: d.view for d in decisions}.values():

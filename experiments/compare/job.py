@@ -23,7 +23,7 @@ from experiments.compare import timing as compare_timing
 from experiments.compare.cells import PLAIN, Cell
 from experiments.compare.cli import Arguments
 from experiments.compare.config import Comparison
-from experiments.compare.decide import CASCADE, Choice, Model, Settings
+from experiments.compare.decide import CASCADE, Choice, Model
 from experiments.compare.differences import correct_at_last
 from experiments.compare.results import assemble
 from experiments.files import write_json
@@ -131,19 +131,18 @@ def run(prepared: Prepared) -> dict[str, Any]:
     # Every policy on every network with early exits, and on the cascade.
     with _timer(seconds, "measuring"):
         models = _models(cells, config, workdir)
-    settings = Settings(config.targets, config.guarantee, config.drift, config.timing.batch)
     pairs = [(m, p) for m in models for p in _policies(m, config)]
     jobs = [
-        Job(f"{m.name}, seed {m.seed}, {p}", compare_decide.decide, (m, p, settings, workdir))
+        Job(f"{m.name}, seed {m.seed}, {p}", compare_decide.decide, (m, p, config, workdir))
         for m, p in pairs
-        if not compare_decide.path(m, p, settings, workdir).exists()
+        if not compare_decide.path(m, p, config, workdir).exists()
     ]
     with _timer(seconds, "choosing"):
         failures += compare_pool.run("decisions", jobs, workers, console)[1]
     choices = [
-        Choice(m, p, compare_decide.read(m, p, settings, workdir))
+        Choice(m, p, compare_decide.read(m, p, config, workdir))
         for m, p in pairs
-        if compare_decide.path(m, p, settings, workdir).exists()
+        if compare_decide.path(m, p, config, workdir).exists()
     ]
     if not choices:
         raise NothingToCompare(f"every decision failed, the first with: {failures[0].error}")
