@@ -8,12 +8,10 @@ test images, differences under a point are noise.
 
 from experiments.cifar.config import Config
 from experiments.data.config import DataConfig
-from experiments.evaluate.config import PoliciesConfig
 from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
     data=DataConfig(name="digits", calibrate=150, choose=300, flip=False, shift=1),
     network=NetworkConfig(name="fast", width=16, exits=(1, 2, 3)),
     train=TrainConfig(cost_weight=0.3, epochs=60, batch=128),
-    policies=PoliciesConfig(budgets=(0.5, 0.6, 0.75)),
 )

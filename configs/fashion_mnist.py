@@ -10,7 +10,7 @@ from experiments.data.config import DataConfig
 from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
-    data=DataConfig(name="fashion_mnist", shift=2, cutout=0),
+    data=DataConfig(name="fashion_mnist"),
     network=NetworkConfig(name="fast", width=32, exits=(2, 3, 4)),
     train=TrainConfig(
         regime="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=5

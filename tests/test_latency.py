@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import eejax
 from eejax import benchmark
 from eejax.benchmark import BenchmarkEntry
 from eejax.inference import EXECUTORS
 from experiments.latency import __main__ as latency
 from experiments.latency import rows as latency_rows
-from experiments.latency import strategies as latency_strategies
 from experiments.latency.arguments import parse
 from experiments.latency.distributions import exit_counts, exit_rates, imposed_thresholds
 from experiments.latency.rows import Plain, break_even
@@ -135,7 +135,7 @@ def test_a_strategy_that_fails_costs_its_rows_only(tmp_path, monkeypatch, capsys
         raise RuntimeError("it is\nbroken")
 
     monkeypatch.setitem(EXECUTORS, "compact", broken)
-    monkeypatch.setattr(latency_strategies, "stream", broken)
+    monkeypatch.setattr(eejax, "stream", broken)
     path = tmp_path / "rows.json"
     flags = ["--strategies", "compact", "loop", "stream", "--batches", "2", "--images", "8"]
     flags += ["--distributions", "last", "--json", str(path)]

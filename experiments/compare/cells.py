@@ -91,23 +91,20 @@ def cells(config: Comparison) -> list[Cell]:
     full = dataclasses.replace(config.network, gate=True)
     last = full.num_exits - 1
     plain = dataclasses.replace(config.train, regime=PLAIN_REGIME, exit_weights=(), cost_weight=0.0)
-    kinds: list[tuple[str, Literal["regime", "static"], NetworkConfig, int | None, TrainConfig]] = [
-        (regime, "regime", full, None, dataclasses.replace(config.train, regime=regime))
-        for regime in config.regimes
-    ]
+    result = []
+    for regime in config.regimes:
+        train = dataclasses.replace(config.train, regime=regime)
+        result.append(Cell(regime, "regime", 0, images, full, None, train))
     alone = dataclasses.replace(full, gate=False)
-    kinds.append((PLAIN, "static", alone, last, plain))
+    whole = Cell(PLAIN, "static", 0, images, alone, last, plain)
+    result.append(whole)
     if config.static.enabled:
         for e in config.static.exits or range(1, last + 1):
-            kinds.append((f"depth to exit {e}", "static", alone, e - 1, plain))
+            result.append(dataclasses.replace(whole, name=f"depth to exit {e}", ends_at=e - 1))
         for share in config.static.widths:
             narrow = dataclasses.replace(alone, width=narrowed(alone, share))
-            kinds.append((f"width {share:g}", "static", narrow, last, plain))
-    return [
-        Cell(name, kind, seed, images, network, ends_at, train)
-        for name, kind, network, ends_at, train in kinds
-        for seed in config.seeds
-    ]
+            result.append(dataclasses.replace(whole, name=f"width {share:g}", network=narrow))
+    return [dataclasses.replace(cell, seed=seed) for cell in result for seed in config.seeds]
 
 
 def macs(cell: Cell) -> np.ndarray:

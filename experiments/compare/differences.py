@@ -87,13 +87,13 @@ def against(
         plain = _best_plain(cells, budget, workdir)
         if plain is not None:
             pairs.append((target, first, plain))
-    shared = [(t, a, b, sorted(a.correct.keys() & b.correct.keys())) for t, a, b in pairs]
-    shared = [(t, a, b, seeds) for t, a, b, seeds in shared if seeds]
-    both = [
-        tuple(np.stack([scheme.correct[seed] for seed in seeds]) for scheme in (a, b))
-        for _, a, b, seeds in shared
-    ]
-    distinct = {(a.tobytes(), b.tobytes()): (a, b) for a, b in both}
+    shared = []
+    for target, a, b in pairs:
+        seeds = sorted(a.correct.keys() & b.correct.keys())
+        if seeds:
+            left, right = (np.stack([scheme.correct[s] for s in seeds]) for scheme in (a, b))
+            shared.append((target, a, b, seeds, left, right))
+    distinct = {(left.tobytes(), right.tobytes()): (left, right) for *_, left, right in shared}
     # Enough draws beyond the ends of the widened intervals for them to rest on.
     draws = max(DRAWS, math.ceil(40 * len(distinct) / (1 - LEVEL)))
     tests = {
@@ -101,9 +101,9 @@ def against(
         for key, pair in distinct.items()
     }
     rows = []
-    for (target, a, b, seeds), (left, correct) in zip(shared, both, strict=True):
-        test = tests[left.tobytes(), correct.tobytes()]
-        by_seed = (left.mean(1) - correct.mean(1)).tolist()
+    for target, a, b, seeds, left, right in shared:
+        test = tests[left.tobytes(), right.tobytes()]
+        by_seed = (left.mean(1) - right.mean(1)).tolist()
         alike = all(d > 0 for d in by_seed) or all(d < 0 for d in by_seed)
         rows.append(
             {

@@ -293,21 +293,19 @@ def _drift(groups: Groups, kinds: Sequence[str]) -> list[Row]:
     """Rows of drift over seeds."""
     rows = []
     for (regime, policy), group in groups.items():
-        parts = [
-            {**row, "what": (row["corruption"], row["severity"], json.dumps(row["target"]))}
-            | {"lost": choice.decided.arrays[f"drift_{i}"]}
-            for choice in group
-            for i, row in enumerate(choice.decided.drift)
-        ]
-        whats = dict.fromkeys(part["what"] for part in parts)
-        for what in whats:
-            same = [part for part in parts if part["what"] == what]
-            row: Row = {key: same[0][key] for key in ("corruption", "severity", "target")}
+        cases: dict[tuple[Any, ...], list[Row]] = {}
+        for choice in group:
+            for i, row in enumerate(choice.decided.drift):
+                case = row["corruption"], row["severity"], json.dumps(row["target"])
+                part = {**row, "lost": choice.decided.arrays[f"drift_{i}"]}
+                cases.setdefault(case, []).append(part)
+        for same in cases.values():
+            row = {key: same[0][key] for key in ("corruption", "severity", "target")}
             row |= {"regime": regime, "policy": policy, "seeds": len(same)}
             row |= {n: float(np.mean([part[n] for part in same])) for n in ("accuracy", "cost")}
             if row["target"]["kind"] == "risk":
                 lost = [part["lost"] for part in same]
-                row |= _judged(lost, row["target"]["value"], len(whats))
+                row |= _judged(lost, row["target"]["value"], len(cases))
             # Every corruption begins at the clean images, as severity 0.
             clean = row["severity"] == 0
             rows += [{**row, "corruption": k} for k in kinds] if clean else [row]

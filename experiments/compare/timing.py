@@ -101,31 +101,26 @@ def _timed(
     images = trained.dataset(schemes[0].cells[0].run).test.images
     count = min(BATCHES, len(images) // batch)
     pieces = [images[i * batch : (i + 1) * batch] for i in range(count)]
+    largest = 1 << (batch - 1).bit_length()
     ready: dict[Any, Predictor] = {}  # one program serves all thresholds
-    entries = [_entry(scheme, units, workdir, pieces, ready) for scheme in schemes]
-    rows = benchmark_rows(entries, batch, repeats, units.cumulative[-1])
-    return [{**c.row, **row} for c, row in zip(schemes, rows, strict=True)]
 
+    def entry(scheme: Scheme) -> BenchmarkEntry:
+        if scheme.policy is None:
+            return plain_entry(plain_programs(*_network(scheme, workdir)), pieces)
+        decides = scheme.cells, scheme.keep, scheme.row["policy"]
+        if decides not in ready:
+            network, variables = _network(scheme, workdir)
+            ready[decides] = predictor(
+                network, scheme.policy, variables, compact, max_batch=largest
+            )
+        costs = units if scheme.keep is None else units.keeping(scheme.keep)
+        # The units are the stages of one network; a cascade of several has no ideal here.
+        stages = costs.stages + costs.heads if len(scheme.cells) == 1 else None
+        thresholds = jnp.asarray(scheme.thresholds, jnp.float32)
+        return predictor_entry("compact", ready[decides], thresholds, pieces, stages)
 
-def _entry(
-    scheme: Scheme,
-    units: cost.Costs,
-    workdir: Path,
-    pieces: list[np.ndarray],
-    ready: dict[Any, Predictor],
-) -> BenchmarkEntry:
-    if scheme.policy is None:
-        return plain_entry(plain_programs(*_network(scheme, workdir)), pieces)
-    decides = scheme.cells, scheme.keep, scheme.row["policy"]
-    if decides not in ready:
-        network, variables = _network(scheme, workdir)
-        largest = 1 << (len(pieces[0]) - 1).bit_length()
-        ready[decides] = predictor(network, scheme.policy, variables, compact, max_batch=largest)
-    costs = units if scheme.keep is None else units.keeping(scheme.keep)
-    # The units are the stages of one network; a cascade of several has no ideal here.
-    stages = costs.stages + costs.heads if len(scheme.cells) == 1 else None
-    thresholds = jnp.asarray(scheme.thresholds, jnp.float32)
-    return predictor_entry("compact", ready[decides], thresholds, pieces, stages)
+    rows = benchmark_rows(list(map(entry, schemes)), batch, repeats, units.cumulative[-1])
+    return [{**scheme.row, **row} for scheme, row in zip(schemes, rows, strict=True)]
 
 
 def _network(scheme: Scheme, workdir: Path) -> tuple[EarlyExitNetwork, Variables]:

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,9 @@ class Decoded(NamedTuple):
     test_labels: np.ndarray
     classes: tuple[str, ...]
     source: str
+
+
+_ARRAYS = Decoded._fields[:4]
 
 
 def fingerprint(files: Sequence[Path]) -> list[list[str | int]]:
@@ -73,7 +76,7 @@ def read(path: Path, source: list[list[str | int]] | None) -> Decoded | None:
             header = _header(stored)
             if header["format"] != FORMAT or (source is not None and header["source"] != source):
                 return None
-            arrays = [stored[name] for name in Decoded._fields[:4]]
+            arrays = [stored[name] for name in _ARRAYS]
             return Decoded(*arrays, classes=tuple(header["classes"]), source=header["words"])
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -97,17 +100,11 @@ def write(path: Path, decoded: Decoded, source: list[list[str | int]]) -> None:
         "words": decoded.source,
     }
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    arrays: dict[str, Any] = {name: getattr(decoded, name) for name in _ARRAYS}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file,
-                header=text,
-                train_images=decoded.train_images,
-                train_labels=decoded.train_labels,
-                test_images=decoded.test_images,
-                test_labels=decoded.test_labels,
-            )
+            np.savez(file, header=text, **arrays)
     except OSError as error:
         warnings.warn(
             f"the decoded images cannot be kept in {path.parent} ({error}), and the next start "

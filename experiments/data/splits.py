@@ -102,16 +102,18 @@ def load(config: DataConfig, seed: int) -> Dataset:
             f"and says nothing about CIFAR-10. {sources.missing('cifar10', config)}"
         )
     decoded = sources.obtain(name, config) if spec.read else _digits()
-    train, calibrate, choose, certify = _cut(name, decoded.train_labels, config, seed)
-    images = decoded.train_images[train]
-    mean, std = _moments(images)
+    train, calibrate, choose, certify = (
+        Split(decoded.train_images[rows], decoded.train_labels[rows])
+        for rows in _cut(name, decoded.train_labels, config, seed)
+    )
+    mean, std = _moments(train.images)
     return Dataset(
         name=name,
         classes=decoded.classes,
-        train=Split(images, decoded.train_labels[train]),
-        calibrate=Split(decoded.train_images[calibrate], decoded.train_labels[calibrate]),
-        choose=Split(decoded.train_images[choose], decoded.train_labels[choose]),
-        certify=Split(decoded.train_images[certify], decoded.train_labels[certify]),
+        train=train,
+        calibrate=calibrate,
+        choose=choose,
+        certify=certify,
         test=Split(decoded.test_images, decoded.test_labels),
         notice=notice,
         source=decoded.source,

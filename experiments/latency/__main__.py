@@ -23,6 +23,7 @@ from experiments.latency import plot
 from experiments.latency import rows as latency_rows
 from experiments.latency.arguments import Arguments, parse
 from experiments.latency.distributions import exit_rates
+from experiments.latency.plot import milliseconds
 from experiments.latency.strategies import is_stream, note
 from experiments.latency.workload import Workload, random_workload, run_workload
 from experiments.report.environment import describe
@@ -100,7 +101,7 @@ def measure(arguments: Arguments, workload: Workload, argv: Sequence[str], conso
     notes += filter(None, (note(name, workload) for name in arguments.strategies))
     console.print("\n".join(notes), markup=False)
     if arguments.picture is not None:
-        plot.save(arguments.picture, rows)
+        plot.latency(rows).savefig(arguments.picture, dpi=150)
     for line in failures:
         complain(f"not timed: {line}", 1)
     return status or (1 if failures else 0)
@@ -111,8 +112,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     first = rows[0]
     stream = is_stream(first["strategy"])
     served = f"a stream of {first['batch']:,} images" if stream else f"batch {first['batch']}"
-    title = f"{served}: plain network {_ms(first['plain_ms'])} ms, at its best "
-    title += f"{_ms(first['plain_best_ms'])} (batch {first['plain_best_batch']})"
+    title = f"{served}: plain network {milliseconds(first['plain_ms'])} ms, at its best "
+    title += f"{milliseconds(first['plain_best_ms'])} (batch {first['plain_best_batch']})"
     shown = Table(
         box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False
     )
@@ -125,9 +126,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         shown.add_row(
             "" if row["distribution"] == before else row["distribution"],
             row["strategy"],
-            _ms(row["ms"]),
+            milliseconds(row["ms"]),
             _percent(row["spread"]),
-            _ms(row["ideal_ms"]),
+            milliseconds(row["ideal_ms"]),
             _percent(row["efficiency"]),
             f"{row['speedup']:.2f}",
             _percent(row["efficiency_best"]),
@@ -136,10 +137,6 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         )
         before = row["distribution"]
     return shown
-
-
-def _ms(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _percent(share: float | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -45,7 +44,7 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     if not rows:
         raise ValueError("no row to draw: give at least one.")
-    groups, looks = grouped(rows), _colours(rows)
+    groups, looks = _grouped(rows), _colours(rows)
     columns = min(len(groups), 2)
     lines = math.ceil(len(groups) / columns)
     with matplotlib.rc_context(STYLE):
@@ -67,22 +66,17 @@ def latency(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def grouped(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+def milliseconds(value: float) -> str:
+    """A time in words: three digits, or whole milliseconds."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _grouped(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The rows by batch size, those of a stream apart."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["batch"], is_stream(row["strategy"])), []).append(dict(row))
+        groups.setdefault((row["batch"], is_stream(row["strategy"])), []).append(row)
     return list(groups.values())
-
-
-def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the picture as .svg or .png, by the name.
-
-    Raises:
-      ValueError: if there are no rows.
-      OSError: if the file cannot be written.
-    """
-    latency(rows).savefig(path, dpi=150)
 
 
 def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, str]) -> None:
@@ -105,10 +99,8 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, str
     axes.axhline(1, color=INK, linewidth=0.9, linestyle="--", zorder=1)
     count = f"{rows[0]['batch']:,} images" if rows[0]["batch"] > 1 else "1 image"
     streamed = "a stream of " if all(map(is_stream, strategies)) else ""
-    plain = rows[0]["plain_best_ms"]
-    shown = f"{plain:,.0f}" if plain >= 1000 else f"{plain:.3g}"
-    title = f"{streamed}{count}; plain network {shown} ms"
-    axes.set_title(title, pad=14)
+    plain = milliseconds(rows[0]["plain_best_ms"])
+    axes.set_title(f"{streamed}{count}; plain network {plain} ms", pad=14)
     axes.set_xticks(np.arange(len(distributions)), distributions)
     axes.set_xlim(-0.5, len(distributions) - 0.5)
     axes.set_ylim(0, top)

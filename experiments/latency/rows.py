@@ -213,7 +213,9 @@ def _streamed(
 ) -> Iterator[tuple[BenchmarkEntry, Row]]:
     """A stream of `arguments.images` images, which repeats the pool, and columns, for each long
     distribution."""
-    serve = strategies.stream(name, workload, chunk)
+    network, policy, variables = workload.network, workload.policy, workload.variables
+    tiles = strategies.split_strategy(name)[1]
+    serve = eejax.stream(network, policy, variables, chunk=chunk, **tiles)
     order = np.resize(np.arange(len(pool)), arguments.images)
     batches = [pool[order[i : i + chunk]] for i in range(0, len(order), chunk)]
     for distribution in arguments.long():

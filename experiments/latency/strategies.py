@@ -49,13 +49,6 @@ def note(strategy: str, workload: Workload) -> str:
     return ""
 
 
-def stream(strategy: str, workload: Workload, chunk: int) -> Any:
-    """`serve(thresholds, batches)` of the strategy `stream`."""
-    network, policy, variables = workload.network, workload.policy, workload.variables
-    tiles = split_strategy(strategy)[1]
-    return eejax.stream(network, policy, variables, chunk=chunk, **tiles)
-
-
 def compiled_strategy(
     strategy: str, workload: Workload, thresholds: Array, images: np.ndarray, repeats: int
 ) -> tuple[Callable[[Any, Any], Any], dict[str, Any]]:

@@ -201,10 +201,8 @@ def exit_histogram(fractions: Mapping[str, ArrayLike]) -> Figure:
         largest = max(float(np.nanmax(row)) for row in fractions.values())
         for i, (axes, (title, row)) in enumerate(zip(grid, fractions.items(), strict=True)):
             percent = 100 * np.asarray(row, float)
-            axes.bar(number, percent, color=COLOURS[i % len(COLOURS)], width=0.72)
-            for x, y in zip(number, percent, strict=True):
-                word = "<1" if 0 < y < 0.5 else f"{y:.0f}"
-                axes.annotate(word, (x, y), (0, 1), textcoords="offset points", ha="center")
+            bars = axes.bar(number, percent, color=COLOURS[i % len(COLOURS)], width=0.72)
+            axes.bar_label(bars, ["<1" if 0 < y < 0.5 else f"{y:.0f}" for y in percent], padding=1)
             axes.set(title=title, ylim=(0, 135 * max(largest, 0.01)))
             axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
             axes.grid(visible=False, axis="x")

@@ -164,7 +164,13 @@ def _program(
         model,
         rule,
         phases,
-        _augmentation(run.data, data.mean),
+        functools.partial(
+            augment,
+            flip=run.data.flip,
+            shift=run.data.shift,
+            cutout=run.data.cutout,
+            fill=tuple(round(m) for m in data.mean),  # a blanked square gets the mean colour
+        ),
         steps=steps,
         classes=len(data.classes),
         label_smoothing=train.label_smoothing,
@@ -174,17 +180,6 @@ def _program(
         jax.jit(lambda key: init_state(model, rule(steps), key, image)),
         train_steps,
         learning_rate,
-    )
-
-
-def _augmentation(config: DataConfig, mean: tuple[float, ...]) -> Callable[[Array, Array], Array]:
-    """`augment(key, images)` on uint8 images; a blanked square gets the mean colour."""
-    return functools.partial(
-        augment,
-        flip=config.flip,
-        shift=config.shift,
-        cutout=config.cutout,
-        fill=tuple(round(m) for m in mean),
     )
 
 
