@@ -17,8 +17,6 @@ from rich.panel import Panel
 from eejax import bundle, cost
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import Routed
-from eejax.inference.compaction import compact
-from eejax.inference.executors import cond
 from eejax.network import EarlyExitNetwork
 from eejax.policies import POLICIES
 from eejax.trace import collect
@@ -117,7 +115,7 @@ def run(prepared: Prepared) -> dict[str, Any]:
         f"{costs.cumulative[-1] / 1e6:.2f} M multiply-accumulates, {size / 1e6:.2f} M parameters"
     )
     console.print(f"{dataset.name}: {dataset.source}\n{words}\neverything goes to {workdir}")
-    _, variables, _, _, training_rows = trained.trained(training, config.seed, workdir, console)
+    variables, training_rows = trained.trained(training, config.seed, workdir, console)
     history = loop.epochs(training_rows)
     learned_gate = REGIMES[config.train.regime].trains_gate
     warnings = _collapse_warnings(history) if learned_gate else []
@@ -155,23 +153,11 @@ def run(prepared: Prepared) -> dict[str, Any]:
         )
         bundle.save(whole, workdir / bundle.SUBDIRECTORY)
         with console.status("timing compiled inference"):
-            for strategy, executor, batch, batches in (
-                ("cond", cond, 1, 50),
-                ("compact", compact, min(config.inference.batch, len(dataset.test.images)), 4),
-            ):
-                measured = timing.inference_row(
-                    strategy,
-                    executor,
-                    network,
-                    variables,
-                    policy,
-                    thresholds,
-                    dataset.test.images,
-                    batch=batch,
-                    batches=batches,
-                    repeats=config.inference.repeats,
-                )
-                inference.append({"policy": chosen.view.name, **measured})
+            images = dataset.test.images
+            inference = timing.inference_rows(
+                network, variables, policy, thresholds, images, config.inference
+            )
+        inference = [{"policy": chosen.view.name, **row} for row in inference]
     results = table.frame([*rows, *(table.timed_row(chosen.row, row) for row in inference)])
 
     # The report.
@@ -305,7 +291,6 @@ def _begin(
         "seed": arguments.run.seed,
         **describe("experiments.cifar", argv),
     }
-    workdir.mkdir(parents=True, exist_ok=True)
     config = to_json(arguments.run)
     # A resumed run reads the same images, whatever "auto" would mean by then.
     config["data"]["name"] = dataset.name

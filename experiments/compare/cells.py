@@ -125,7 +125,8 @@ def prepare(cell: Cell, drift: DriftConfig, workdir: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     if not (place / DONE).exists():
         _train(cell, place)
-    network, variables, _, images, _ = _read(cell, place)
+    network, images = training.network(cell.run), training.dataset(cell.run)
+    fitted = variables(cell, workdir)
     for name in missing(cell, drift, workdir):
         if name in ("held_out", "test"):
             split = images.test if name == "test" else held_out(images)
@@ -135,7 +136,7 @@ def prepare(cell: Cell, drift: DriftConfig, workdir: Path) -> None:
             corrupted = corrupt(test, kind, int(severity), seed=0)
             split = splits.Split(corrupted, images.test.labels[: int(count)])
         with replacing(place / f"{name}.npz") as temporary:
-            save_trace(temporary, collect(network, variables, *split))
+            save_trace(temporary, collect(network, fitted, *split))
 
 
 def missing(cell: Cell, drift: DriftConfig, workdir: Path) -> list[str]:
@@ -202,20 +203,17 @@ def training_ids(run: TrainRun) -> np.ndarray:
 
 def variables(cell: Cell, workdir: Path) -> Variables:
     """Variables of a trained cell."""
-    return _read(cell, cell.directory(workdir)).variables
-
-
-def _read(cell: Cell, place: Path) -> training.Trained:
-    return training.trained(cell.run, cell.seed, place, Console(quiet=True))
+    place = cell.directory(workdir)
+    return training.trained(cell.run, cell.seed, place, Console(quiet=True))[0]
 
 
 def _train(cell: Cell, place: Path) -> None:
     with (place / "log.txt").open("a") as log:
-        result = training.trained(cell.run, cell.seed, place, Console(file=log, width=120))
+        _, rows = training.trained(cell.run, cell.seed, place, Console(file=log, width=120))
     facts = {
         "cell": to_json(cell),
-        "seconds": result.rows[-1]["seconds"],
-        "macs": result.costs.cumulative.tolist(),
-        "gate_mean": result.rows[-1]["gate_mean"],
+        "seconds": rows[-1]["seconds"],
+        "macs": macs(cell).tolist(),
+        "gate_mean": rows[-1]["gate_mean"],
     }
     write_json(place / DONE, facts)

@@ -65,7 +65,7 @@ def write(workdir: Path, results: Results, table: pd.DataFrame) -> None:
         target=_target(searched),
         reference=_name(results["reference"]),
         targets={
-            str(name): _with_change(results, rows, shown(rows, _TARGET_COLUMNS))
+            str(name): _target_table(results, rows)
             for name, rows in searched.groupby("target", sort=False)
         },
         errors=shown(means[means["error"].notna()], ["regime", "policy", "target", "error"]),
@@ -102,7 +102,8 @@ def headline(results: Results, means: pd.DataFrame) -> str:
     many others differ from it; a loss reads like a gain."""
     reference = results["reference"]
     rows = _usual(means, _target(means))
-    row = rows[_is(rows, reference)].dropna(subset="accuracy")
+    same = (rows["regime"] == reference["regime"]) & (rows["policy"] == reference["policy"])
+    row = rows[same].dropna(subset="accuracy")
     plain = means[(means["target_kind"] == "network") & (means["policy"] == "plain network")]
     if row.empty or plain.empty:
         return f"{_name(reference)} has no result at {_target(means)}."
@@ -126,10 +127,10 @@ def summary(results: Results, means: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and cost at the leading target: a row a policy, two columns a regime."""
     rows = _usual(means, _target(means)).dropna(subset="accuracy")
     cells = shown(rows, ["accuracy", "cost"])
-    significant = [_significant(results, row) for _, row in rows.iterrows()]
+    gaps = [_gap(results, row) for _, row in rows.iterrows()]
     cells["accuracy %"] = [
-        word + (f" {MARK}" if mark else "")
-        for word, mark in zip(cells["accuracy %"], significant, strict=True)
+        word + (f" {MARK}" if gap and gap["significant"] else "")
+        for word, gap in zip(cells["accuracy %"], gaps, strict=True)
     ]
     cells["policy"] = [
         f"{p} (cascade)" if r == "cascade" else p
@@ -319,10 +320,6 @@ def _usual(means: pd.DataFrame, target: str) -> pd.DataFrame:
     return means[kinds & (means["target"] == target) & (means["search"] != "geometric")]
 
 
-def _is(rows: pd.DataFrame, scheme: Mapping[str, str]) -> pd.Series:
-    return (rows["regime"] == scheme["regime"]) & (rows["policy"] == scheme["policy"])
-
-
 def _gaps(results: Results, target: str) -> list[Mapping[str, Any]]:
     return [d for d in results["differences"] if target_words(d["target"]) == target]
 
@@ -336,17 +333,11 @@ def _gap(results: Results, row: pd.Series) -> Mapping[str, Any] | None:
     return None
 
 
-def _significant(results: Results, row: pd.Series) -> bool:
-    gap = _gap(results, row)
-    return gap is not None and bool(gap["significant"])
-
-
-def _with_change(results: Results, rows: pd.DataFrame, words: pd.DataFrame) -> pd.DataFrame:
-    """The words with the change against the reference, in points, and its interval."""
-    changes = []
-    for _, row in rows.iterrows():
-        gap = _gap(results, row)
-        changes.append("-" if gap is None else _points(gap))
+def _target_table(results: Results, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a target with their change against the reference, in points."""
+    words = shown(rows, _TARGET_COLUMNS)
+    gaps = [_gap(results, row) for _, row in rows.iterrows()]
+    changes = ["-" if gap is None else _points(gap) for gap in gaps]
     if "accuracy %" in words and set(changes) != {"-"}:
         words.insert(list(words.columns).index("accuracy %") + 1, "change (points)", changes)
     return words

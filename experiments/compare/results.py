@@ -130,7 +130,7 @@ def _table(
         for choice in group:
             scheme = {"regime": regime, "policy": policy, "seed": choice.model.seed}
             decided = [*choice.decided.rows, *choice.decided.curve]
-            rows += [{**scheme, **_columns(row)} for row in decided]
+            rows += [{n: row.get(n) for n in table.COLUMNS} | scheme for row in decided]
     for cell in cells:
         test = compare_cells.traces(cell, workdir).test
         cost = compare_cells.macs(cell) / whole
@@ -149,10 +149,6 @@ def _table(
     for row in rows:
         row["macs"] = None if row.get("cost") is None else whole * row["cost"]
     return table.frame(rows)
-
-
-def _columns(row: Mapping[str, Any]) -> Row:
-    return {name: value for name, value in row.items() if name in table.COLUMNS}
 
 
 def _static(results: pd.DataFrame, timing: Sequence[Row]) -> list[Row]:
@@ -181,7 +177,8 @@ def _regimes(cells: Sequence[Cell], results: pd.DataFrame, workdir: Path) -> lis
         over = [metrics.overthinking(t.logits.argmax(-1), t.labels) for t in tests]
         budgets = np.linspace(cost[0], cost[-1], CURVE_POINTS)
         oracle = [[metrics.oracle_accuracy(c, cost, b) for b in budgets] for c in correct]
-        gate = [_stored(cell, workdir)["gate_mean"] for cell in group]
+        stored = [(cell.directory(workdir) / compare_cells.DONE).read_text() for cell in group]
+        gate = [json.loads(text)["gate_mean"] for text in stored]
         rows.append(
             {
                 "name": name,
@@ -202,10 +199,6 @@ def _regimes(cells: Sequence[Cell], results: pd.DataFrame, workdir: Path) -> lis
             }
         )
     return rows
-
-
-def _stored(cell: Cell, workdir: Path) -> Row:
-    return json.loads((cell.directory(workdir) / compare_cells.DONE).read_text())
 
 
 def _rows(key: tuple[str, str], group: Sequence[Choice], config: Comparison) -> list[Row]:

@@ -144,26 +144,24 @@ def decide(
     low = min(v.cost[0] for v in views)
     curve = np.linspace(low, highest, targets.curve).tolist()
     budgets = [_budgets(v, [*targets.budgets, *curve], v.cost) for v in views]
-    decisions = [
-        _best({"kind": "budget", "value": value}, "optimal", views, [c[i] for c in budgets])
-        for i, value in enumerate(targets.budgets)
-    ]
+    count = len(targets.budgets)
+
+    def best(
+        kind: str, values: Sequence[float], choices: Sequence[Sequence[Choice | str]], **more: Any
+    ) -> list[Decision]:
+        """For each value the best view; `choices` has a choice a view and value."""
+        return [
+            _best({"kind": kind, "value": value, **more}, "optimal", views, of_views)
+            for value, *of_views in zip(values, *choices, strict=True)
+        ]
+
+    decisions = best("budget", targets.budgets, [c[:count] for c in budgets])
     if len(views[0].ms):
         times = [_budgets(v, targets.budgets_ms, v.ms) for v in views]
-        decisions += [
-            _best(
-                {"kind": "ms", "value": value, "batch": targets.batch},
-                *("optimal", views, [c[i] for c in times]),
-            )
-            for i, value in enumerate(targets.budgets_ms)
-        ]
+        decisions += best("ms", targets.budgets_ms, times, batch=targets.batch)
     if len(views) == 1:
         decisions += _others(views[0], targets)
-    points = [
-        _best({"kind": "curve", "value": value}, "optimal", views, [c[i] for c in budgets])
-        for i, value in enumerate(curve, start=len(targets.budgets))
-    ]
-    return decisions, points
+    return decisions, best("curve", curve, [c[count:] for c in budgets])
 
 
 def _others(one: View, targets: Targets) -> list[Decision]:

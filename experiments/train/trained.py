@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,25 +58,9 @@ class TrainRun:
     split_seed: int = 0
 
 
-class Trained(NamedTuple):
-    """A trained network.
-
-    Attributes:
-      network: E exits, on uint8 images.
-      variables: parameters and running statistics.
-      costs: multiply-accumulates of its stages and heads.
-      dataset: images, by split.
-      rows: of `metrics.jsonl`.
-    """
-
-    network: EarlyExitNetwork
-    variables: Variables
-    costs: cost.Costs
-    dataset: splits.Dataset
-    rows: list[dict[str, Any]]
-
-
-def trained(run: TrainRun, seed: int, place: Path, console: Console) -> Trained:
+def trained(
+    run: TrainRun, seed: int, place: Path, console: Console
+) -> tuple[Variables, list[dict[str, Any]]]:
     """Trains a network, continues from its newest checkpoint, or reads it if it is finished.
 
     Args:
@@ -84,6 +68,9 @@ def trained(run: TrainRun, seed: int, place: Path, console: Console) -> Trained:
       seed: of parameters, order and augmentation.
       place: directory of `checkpoints/` and `metrics.jsonl`.
       console: for progress.
+
+    Returns:
+      Parameters and running statistics, and the rows of `metrics.jsonl`.
 
     Raises:
       FloatingPointError: if training diverges.
@@ -107,7 +94,7 @@ def trained(run: TrainRun, seed: int, place: Path, console: Console) -> Trained:
         learning_rate=learning_rate,
         console=console,
     )
-    return Trained(model, state.variables, costs(run), data, rows)
+    return state.variables, rows
 
 
 def dataset(run: TrainRun) -> splits.Dataset:
