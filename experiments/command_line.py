@@ -9,7 +9,7 @@ import json
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,6 +19,7 @@ import tyro
 from cattrs.preconf.json import make_converter
 
 from experiments.data.splits import resolve
+from experiments.files import write_json
 from experiments.train.config import NetworkConfig
 
 T = TypeVar("T")
@@ -166,6 +167,14 @@ def read_run(workdir: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no run in {workdir}.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def write_run(workdir: Path, config: Any, name: str, environment: Mapping[str, Any]) -> None:
+    """Writes a run's `config.json`: its environment, and its configuration with the data set
+    `name`, so that a resumed run reads the same images, whatever "auto" would mean by then."""
+    stored = to_json(config)
+    stored["data"]["name"] = name
+    write_json(workdir / STORED, {**environment, "config": stored})
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -23,11 +23,10 @@ from eejax.trace import collect
 from eejax.training import REGIMES
 from experiments.cifar.cli import Arguments
 from experiments.cifar.config import Config
-from experiments.command_line import read_run, to_json
+from experiments.command_line import read_run, write_run
 from experiments.data import splits as data
 from experiments.evaluate import timing
 from experiments.evaluate.decide import Targets, Traces, View, decide, exit_rows, outcome, view
-from experiments.files import write_json
 from experiments.report import report, table
 from experiments.report.environment import describe
 from experiments.train import loop, trained
@@ -291,10 +290,7 @@ def _begin(
         "seed": arguments.run.seed,
         **describe("experiments.cifar", argv),
     }
-    config = to_json(arguments.run)
-    # A resumed run reads the same images, whatever "auto" would mean by then.
-    config["data"]["name"] = dataset.name
-    write_json(workdir / "config.json", {**environment, "config": config})
+    write_run(workdir, arguments.run, dataset.name, environment)
     return workdir, environment
 
 

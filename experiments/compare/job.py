@@ -15,7 +15,7 @@ from rich.panel import Panel
 
 from eejax.policies import POLICIES
 from eejax.training import REGIMES
-from experiments.command_line import read_run, to_json
+from experiments.command_line import read_run, write_run
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
 from experiments.compare import report as compare_report
@@ -26,7 +26,6 @@ from experiments.compare.config import Comparison
 from experiments.compare.decide import CASCADE, Choice, Model
 from experiments.compare.differences import correct_at_last
 from experiments.compare.results import assemble
-from experiments.files import write_json
 from experiments.report.environment import describe
 from experiments.train import pool as compare_pool
 from experiments.train import trained
@@ -89,9 +88,7 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     if arguments.resume:
         # By its stored name the data set is no fall-back any more; the comparison still is.
         environment["notice"] = read_run(workdir).get("notice", "")
-    stored = to_json(config)
-    stored["data"]["name"] = dataset.name
-    write_json(workdir / "config.json", {**environment, "config": stored})
+    write_run(workdir, config, dataset.name, environment)
     if environment["notice"]:
         console.print(Panel(environment["notice"], title="NOTICE", style="bold yellow"))
     console.print(f"{dataset.name}: {dataset.source}\neverything goes to {workdir}")
