@@ -79,7 +79,7 @@ def efficientnet(
     blocks: list[nn.Module] = [
         ConvNorm(before, 3, 1 if small else 2, activation=nn.silu, dtype=dtype)
     ]
-    counts = [math.ceil(repeats * depth) for _, _, repeats, _, _ in GROUPS]
+    counts = block_counts(depth)
     for group, (expansion, channels, _, stride, size) in enumerate(GROUPS):
         for i in range(counts[group]):
             stays = i > 0 or (small and group == 1)
@@ -113,6 +113,12 @@ GROUPS = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )
+
+
+def block_counts(depth: float) -> list[int]:
+    """The blocks of each group, from a factor on their repeats."""
+    return [math.ceil(repeats * depth) for _, _, repeats, _, _ in GROUPS]
+
 
 FAMILY = Family(
     efficientnet,
