@@ -12,37 +12,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
 
 from eejax.backbone import cut
 from eejax.exits import Exits
 from eejax.models.family import Family, Published
 from eejax.models.heads import Flat, Head, Hidden, Mixed, Pooled
-from eejax.models.layers import Norm, check_rate, check_size, halved, he_in
+from eejax.models.layers import ConvPool, check_rate, check_size
 from eejax.network import EarlyExitNetwork
 
 GROUPS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
-
-
-class Block(nn.Module):
-    """A 3x3 convolution, with `norm` batch normalisation, ReLU, and with `pool` 2x2 pooling."""
-
-    width: int
-    pool: bool = False
-    norm: bool = True
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        # The convolution has an offset beside the normalisation's, as in the published networks.
-        conv = nn.Conv(
-            self.width, (3, 3), padding=1, dtype=self.dtype, kernel_init=he_in, name="conv"
-        )
-        x = conv(x.astype(self.dtype))
-        if self.norm:
-            x = Norm(dtype=self.dtype, name="bn")(x, train=train)
-        x = nn.relu(x)
-        return halved(x) if self.pool else x
 
 
 def vgg(
@@ -85,7 +63,7 @@ def vgg(
             "multiple, or hidden=None."
         )
     blocks: list[nn.Module] = [
-        Block(width << min(group, 3), i == count - 1, norm, dtype)
+        ConvPool(width << min(group, 3), pool=i == count - 1, norm=norm, dtype=dtype)
         for group, count in enumerate(GROUPS[depth])
         for i in range(count)
     ]
