@@ -16,7 +16,7 @@ from jax import Array
 
 from eejax.backbone import cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Head, Pooled
 from eejax.models.layers import check_rate, check_size, he, small_image
 from eejax.models.mobilenet import ConvNorm, InvertedResidual, rounded
@@ -127,10 +127,10 @@ FAMILY = Family(
     tuple(
         Published(
             f"EfficientNet-{name}",
-            {"classes": 1000, "image": (side, side, 3), "depth": depth, "width": width},
+            {**FOR_IMAGENET, "image": (side, side, 3), "depth": depth, "width": width},
             parameters,
             macs,
-            "torchvision 0.28",
+            TORCHVISION,
         )
         for name, side, depth, width, parameters, macs in (
             ("B0", 224, 1.0, 1.0, 5_288_548, 0.386e9),

@@ -26,6 +26,10 @@ from typing import Any, NamedTuple
 
 from eejax.network import EarlyExitNetwork
 
+TORCHVISION = "torchvision 0.28"  # the source of many published networks
+FOR_IMAGENET = types.MappingProxyType({"classes": 1000, "image": (224, 224, 3)})
+"""Arguments of the published networks for ImageNet."""
+
 
 class Published(NamedTuple):
     """A network of the literature that a family reproduces exactly.

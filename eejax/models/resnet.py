@@ -18,7 +18,7 @@ from jax import Array
 
 from eejax.backbone import Chain, cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Head
 from eejax.models.layers import Norm, check_size, convolution, shrink, small_image
 from eejax.network import EarlyExitNetwork
@@ -165,8 +165,6 @@ GROUPS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
 _PAPER = "He, Zhang, Ren, Sun, 2016, https://arxiv.org/abs/1512.03385"
-_TORCHVISION = "torchvision 0.28"
-_LARGE = {"classes": 1000, "image": (224, 224, 3)}
 
 SMALL_IMAGES = Family(
     resnet,
@@ -194,7 +192,9 @@ IMAGENET = Family(
     _PAPER,
     {"depth": 18, "width": 4, "image": (8, 8, 3)},
     tuple(
-        Published(f"ResNet-{depth}", {**_LARGE, "depth": depth}, parameters, macs, _TORCHVISION)
+        Published(
+            f"ResNet-{depth}", {**FOR_IMAGENET, "depth": depth}, parameters, macs, TORCHVISION
+        )
         for depth, parameters, macs in (
             (18, 11_689_512, 1.814e9),
             (34, 21_797_672, 3.664e9),

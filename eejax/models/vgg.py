@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from eejax.backbone import cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Flat, Head, Hidden, Mixed, Pooled
 from eejax.models.layers import ConvPool, check_rate, check_size
 from eejax.network import EarlyExitNetwork
@@ -74,8 +74,6 @@ def vgg(
 
 
 _KUANGLIU = "kuangliu/pytorch-cifar, 49b7aa9"
-_TORCHVISION = "torchvision 0.28"
-_LARGE = {"classes": 1000, "image": (224, 224, 3), "hidden": 4096}
 
 FAMILY = Family(
     vgg,
@@ -95,10 +93,10 @@ FAMILY = Family(
         *(
             Published(
                 f"VGG-{depth}{' with batch normalisation' if norm else ''}",
-                {**_LARGE, "depth": depth, "norm": norm},
+                {**FOR_IMAGENET, "hidden": 4096, "depth": depth, "norm": norm},
                 parameters,
                 macs,
-                _TORCHVISION,
+                TORCHVISION,
             )
             for depth, norm, parameters, macs in (
                 (11, False, 132_863_336, 7.609e9),
