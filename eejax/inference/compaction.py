@@ -165,7 +165,7 @@ def _run(
     logits = jnp.zeros((batch, results.logits.shape[1]), results.logits.dtype)
     logits = logits.at[indices].set(results.logits, mode="drop")
     taken = jnp.zeros(batch, jnp.int32).at[indices].set(results.exits, mode="drop")
-    return Prediction(logits.argmax(-1).astype(jnp.int32), taken, logits)
+    return Prediction.of(logits, taken)
 
 
 def _run_depth(

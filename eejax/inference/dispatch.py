@@ -169,5 +169,4 @@ def _in_order(outputs: Sequence[Buffer]) -> Prediction:
     groups = [[np.asarray(x)[: int(count)] for x in rows] for rows, count in outputs]
     logits, exits, indices = (np.concatenate(parts) for parts in zip(*groups, strict=True))
     order = np.argsort(indices)
-    logits = logits[order]
-    return Prediction(logits.argmax(-1).astype(np.int32), exits[order], logits)
+    return Prediction.of(logits[order], exits[order])
