@@ -92,7 +92,7 @@ def on_value(head: Module) -> Module:
     return Module(init, apply)
 
 
-def _answer(
+def _last(
     variables: Variables, logits: PyTree, memory: PyTree, **mode: Any
 ) -> tuple[ExitOutput, PyTree]:
     del memory, mode
@@ -105,7 +105,7 @@ def _answer(
     return ExitOutput(logits.astype(jnp.float32), gate, ()), variables.get("batch_stats", {})
 
 
-LAST = Module(lambda *_: {"params": {}}, _answer)
+LAST = Module(lambda *_: {"params": {}}, _last)
 """The last head of a model that was cut: the logits of the model, in float32."""
 
 

@@ -218,10 +218,7 @@ class Search:
 def search(scores: np.ndarray, correct: np.ndarray, cost: np.ndarray) -> Search:
     """The search on a trace; what all targets share is computed once, when it is first needed.
 
-    Args:
-      scores: `[N, E]`.
-      correct: `[N, E]`, whether the answer at each exit is correct.
-      cost: `[E]`, increasing.
+    Arguments are those of `for_budget`.
 
     Raises:
       ValueError: if the arrays do not fit.
@@ -267,9 +264,7 @@ def for_drop(scores: np.ndarray, correct: np.ndarray, cost: np.ndarray, drop: fl
     """The cheapest thresholds that lose at most `drop` of accuracy against the last exit.
 
     Args:
-      scores: `[N, E]`.
-      correct: `[N, E]`, whether the answer at each exit is correct.
-      cost: `[E]`, increasing.
+      scores, correct, cost: as for `for_budget`.
       drop: as a fraction: 0.01 is one point of accuracy.
 
     Raises:
@@ -294,10 +289,7 @@ def geometric(
     because of ties is an error.
 
     Args:
-      scores: `[N, E]`.
-      correct: `[N, E]`, whether the answer at each exit is correct.
-      cost: `[E]`, increasing.
-      budget: in the unit of `cost`.
+      scores, correct, cost, budget: as for `for_budget`.
       tolerance: how far below the budget the mean cost may stay, as a fraction of it.
 
     Raises:
