@@ -124,18 +124,15 @@ FAMILY = Family(
     efficientnet,
     "Tan, Le, 2019, https://arxiv.org/abs/1905.11946",
     {"depth": 0.25, "width": 0.1, "image": (8, 8, 3)},
-    tuple(
+    (
+        Published("EfficientNet-B0", FOR_IMAGENET, 5_288_548, 0.386e9, TORCHVISION),
         Published(
-            f"EfficientNet-{name}",
-            {**FOR_IMAGENET, "image": (side, side, 3), "depth": depth, "width": width},
-            parameters,
-            macs,
+            "EfficientNet-B2",
+            {"classes": 1000, "image": (288, 288, 3), "depth": 1.2, "width": 1.1},
+            9_109_994,
+            1.088e9,
             TORCHVISION,
-        )
-        for name, side, depth, width, parameters, macs in (
-            ("B0", 224, 1.0, 1.0, 5_288_548, 0.386e9),
-            ("B2", 288, 1.2, 1.1, 9_109_994, 1.088e9),
-        )
+        ),
     ),
     {"dropout": 0.2, "stochastic_depth": 0.2},
 )

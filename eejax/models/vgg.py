@@ -74,37 +74,32 @@ def vgg(
 
 
 _KUANGLIU = "kuangliu/pytorch-cifar, 49b7aa9"
+_LARGE = {**FOR_IMAGENET, "hidden": 4096}
+_BARE = {**_LARGE, "norm": False}
 
 FAMILY = Family(
     vgg,
     "Simonyan, Zisserman, 2015, https://arxiv.org/abs/1409.1556",
     {"depth": 11, "width": 4, "image": (32, 32, 3)},
     (
+        Published("VGG-11 (CIFAR)", {"classes": 10, "depth": 11}, 9_231_114, 152.8e6, _KUANGLIU),
+        Published("VGG-13 (CIFAR)", {"classes": 10, "depth": 13}, 9_416_010, 228.3e6, _KUANGLIU),
+        Published("VGG-16 (CIFAR)", {"classes": 10, "depth": 16}, 14_728_266, 313.2e6, _KUANGLIU),
+        Published("VGG-11", {**_BARE, "depth": 11}, 132_863_336, 7.609e9, TORCHVISION),
+        Published("VGG-13", {**_BARE, "depth": 13}, 133_047_848, 11.308e9, TORCHVISION),
+        Published("VGG-16", {**_BARE, "depth": 16}, 138_357_544, 15.47e9, TORCHVISION),
         *(
             Published(
-                f"VGG-{depth} (CIFAR)", {"classes": 10, "depth": depth}, parameters, macs, _KUANGLIU
-            )
-            for depth, parameters, macs in (
-                (11, 9_231_114, 152.8e6),
-                (13, 9_416_010, 228.3e6),
-                (16, 14_728_266, 313.2e6),
-            )
-        ),
-        *(
-            Published(
-                f"VGG-{depth}{' with batch normalisation' if norm else ''}",
-                {**FOR_IMAGENET, "hidden": 4096, "depth": depth, "norm": norm},
+                f"VGG-{depth} with batch normalisation",
+                {**_LARGE, "depth": depth},
                 parameters,
                 macs,
                 TORCHVISION,
             )
-            for depth, norm, parameters, macs in (
-                (11, False, 132_863_336, 7.609e9),
-                (13, False, 133_047_848, 11.308e9),
-                (16, False, 138_357_544, 15.47e9),
-                (11, True, 132_868_840, 7.609e9),
-                (13, True, 133_053_736, 11.308e9),
-                (16, True, 138_365_992, 15.47e9),
+            for depth, parameters, macs in (
+                (11, 132_868_840, 7.609e9),
+                (13, 133_053_736, 11.308e9),
+                (16, 138_365_992, 15.47e9),
             )
         ),
     ),
