@@ -140,6 +140,7 @@ def _run(
         several, and the number of stages.
       images, count, tiles: as for `compact`.
     """
+    packing.check_tiles(tiles)
     batch, (first, _) = images.shape[0], exits[0]
     tiles = packing.choose_tiles(tiles, first, images)
     padded = -(-batch // tiles[-1]) * tiles[-1]

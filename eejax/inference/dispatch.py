@@ -65,8 +65,7 @@ def host(
     Raises:
       ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
-    if tiles is not None:
-        packing.check_tiles(tiles)
+    packing.check_tiles(tiles)
     devices = [jax.devices()[0]] if devices is None else list(devices)
     exits = bind_exits(network, policy, variables, jnp.zeros(network.num_exits - 1))
     programs = {

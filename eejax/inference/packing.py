@@ -152,8 +152,10 @@ def empty_outputs(logits: Any, size: int) -> Buffer:
 TILE_BYTES = 2 << 20
 
 
-def check_tiles(tiles: Sequence[int]) -> None:
-    """Raises ValueError unless sizes decrease and each divides the one before it."""
+def check_tiles(tiles: Sequence[int] | None) -> None:
+    """Raises ValueError unless sizes decrease and each divides the one before it; None passes."""
+    if tiles is None:
+        return
     if not tiles or tiles[-1] < 1 or any(a <= b or a % b for a, b in itertools.pairwise(tiles)):
         raise ValueError(
             f"tiles {tuple(tiles)}; give falling sizes, each a divisor of the one before."
@@ -167,12 +169,8 @@ def choose_tiles(tiles: tuple[int, ...] | None, exit: Exit, images: Any) -> tupl
       tiles: or None.
       exit: the first.
       images: `[B, ...]`, or their shape and dtype.
-
-    Raises:
-      ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
     if tiles is not None:
-        check_tiles(tiles)
         return tiles
     features = jax.eval_shape(
         lambda images: exit.stage.apply(exit.variables[0], images, train=False)[0], images
