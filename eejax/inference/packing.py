@@ -74,7 +74,7 @@ def run_stage(
       active: its `Samples`. If `active.rows is targets.survivors.rows` the survivors overwrite the
         samples that were read, which is possible since there are never more of them.
       targets: buffers with room for one tile more than is appended.
-      tiles: sizes, as `check_tiles` wants them.
+      tiles: sizes that pass `check_tiles`.
       flush: whether the rest that fills no large tile is run too, in smaller tiles; bool, may be
         traced.
 

@@ -1,4 +1,4 @@
-"""DenseNet-BC: every layer reads what all layers of its group before it have put out.
+"""DenseNet-BC: every layer reads the outputs of all layers before it in its group.
 
 Huang, Liu, van der Maaten, Weinberger, *Densely connected convolutional networks*, CVPR 2017,
 https://arxiv.org/abs/1608.06993. Bottlenecks of four times the growth, half the channels between

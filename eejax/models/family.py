@@ -15,7 +15,7 @@ A family is a function `family(classes, *, image, ..., exits, head, gate, dtype)
   given.
 
 Every family raises ValueError if an image, a size or a rate is out of range, or if an exit does not
-exist; what else it refuses, its docstring says.
+exist; the docstring of a family lists its other errors.
 """
 
 from __future__ import annotations

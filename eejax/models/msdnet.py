@@ -1,7 +1,7 @@
 """MSDNet: features at several scales at once, densely connected; exits read the coarsest.
 
 Huang, Chen, Li, Wu, van der Maaten, Weinberger, *Multi-scale dense networks for resource efficient
-image classification*, ICLR 2018, https://arxiv.org/abs/1703.09844; to the letter that of
+image classification*, ICLR 2018, https://arxiv.org/abs/1703.09844; exactly as in
 https://github.com/kalviny/MSDNet-PyTorch. Features are a tuple of scales, the finest first. A layer
 adds channels to each of them, from it and from the next finer one.
 """
@@ -103,7 +103,7 @@ class Transition(nn.Module):
 
 
 class Step(NamedTuple):
-    """One layer: the number of scales that it puts out, and whether a transition halves the
+    """One layer: the number of scales of its output, and whether a transition halves the
     channels after it."""
 
     scales: int

@@ -102,7 +102,7 @@ _CONV_NORM = ((r"\.conv\.", ".0."), (r"\.bn\.", ".1."))
 
 
 def torchvision_densenet(groups: Sequence[int] = (6, 12, 24, 16)) -> Names:
-    """torchvision's `densenet121` and its kin, for `densenet` of these groups, on large images."""
+    """`densenet121`, `169` ... of torchvision for `densenet` of these groups, on large images."""
     blocks = ["features"]
     for g, layers in enumerate(groups, 1):
         blocks += [f"features.denseblock{g}.denselayer{i + 1}" for i in range(layers)]
@@ -248,7 +248,7 @@ def timm_vit(depth: int = 12) -> Names:
 
 
 def torchvision_vit(depth: int = 12) -> Names:
-    """torchvision's `vit_b_16` and its kin for `vit` of that depth with a class token."""
+    """torchvision's `vit_b_16` and its other sizes for `vit` of that depth with a class token."""
     return Names(
         ("", *(f"encoder.layers.encoder_layer_{i}" for i in range(depth))),
         (

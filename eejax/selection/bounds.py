@@ -86,8 +86,8 @@ def interval(losses: ArrayLike, confidence: float = 0.9) -> tuple[np.ndarray, np
 
     The upper bound is the smallest mean that `betting` rejects in favour of a smaller one, the
     lower bound the same for one minus the losses, each at half of the error (Waudby-Smith, Ramdas,
-    https://arxiv.org/abs/2010.09686). Both are moved out to the empirical mean where, on account of
-    the first part of the losses, they would exclude it.
+    https://arxiv.org/abs/2010.09686). Both are moved out to the empirical mean where the
+    first part of the losses would exclude it.
 
     Args:
       losses: `[..., N]` in [0, 1], in an order that is independent of the losses.

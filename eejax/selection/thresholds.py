@@ -93,7 +93,7 @@ class Search:
         _check_budget(self.cost, budget)
 
         def better(accuracy: np.ndarray, mean_cost: np.ndarray) -> Any:
-            # Highest accuracy among those within the budget; of equals the cheapest.
+            # Highest accuracy among those within the budget; among equals the cheapest.
             return np.lexsort((mean_cost, -accuracy, mean_cost > budget * _SLACK))[0]
 
         spread = self._geometric_within(budget)
@@ -109,7 +109,7 @@ class Search:
         target = self.correct[:, -1].mean() - drop
 
         def better(accuracy: np.ndarray, mean_cost: np.ndarray) -> Any:
-            # Cheapest among those that are accurate enough; of equals the most accurate.
+            # Cheapest among those that are accurate enough; among equals the most accurate.
             return np.lexsort((-accuracy, mean_cost, accuracy < target - 1e-9))[0]
 
         return self._improved(self._frontier, better)
