@@ -109,14 +109,9 @@ def cut(
 
 
 def _zeros(
-    variables: Variables,
-    features: PyTree,
-    memory: PyTree,
-    *,
-    train: bool,
-    key: Array | None = None,
+    variables: Variables, features: PyTree, memory: PyTree, **mode: Any
 ) -> tuple[ExitOutput, PyTree]:
-    del variables, memory, train, key
+    del variables, memory, mode
     zeros = jnp.zeros(jax.tree.leaves(features)[0].shape[0])
     return ExitOutput(zeros[:, None], zeros, ()), {}
 

@@ -255,11 +255,7 @@ def stage_seconds(
     is the difference of their medians. So the stages add up to the network. Stages in separate
     programs do not: each pays a dispatch, which for a single small image is a third of the time.
 
-    Args:
-      network: E exits.
-      variables: as `network.init` gives.
-      images: `[B, ...]`, on the device.
-      repeats: interleaved runs of each program.
+    Arguments are those of `seconds`.
     """
     programs = [(e, range(e + 1)) for e in range(network.num_exits)]
     return _increments(_program_seconds(network, variables, images, repeats, programs))

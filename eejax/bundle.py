@@ -229,11 +229,6 @@ def _read(place: Path) -> Bundle:
         raise ValueError(f"images are {content['image']['dtype']}; expected uint8.")
     if len(image) != 3 or not all(type(side) is int and side > 0 for side in image):
         raise ValueError(f"images are {image}; expected height, width and channels.")
-    policy_arrays = {
-        name.removeprefix(POLICY): array
-        for name, array in arrays.items()
-        if name.startswith(POLICY)
-    }
     bundle = Bundle(
         content["family"],
         content["arguments"],
@@ -242,7 +237,7 @@ def _read(place: Path) -> Bundle:
         tuple(content["mean"]),
         tuple(content["std"]),
         {},
-        from_arrays(content["policy"], policy_arrays),
+        from_arrays(content["policy"], arrays, POLICY),
         arrays["thresholds"],
         Costs(arrays["costs/stages"], arrays["costs/heads"]),
         content["metadata"],

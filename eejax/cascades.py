@@ -10,6 +10,7 @@ the baseline for early exits, because its members share nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -42,10 +43,8 @@ def cascade_variables(variables: Sequence[Variables]) -> Variables:
     }
 
 
-def _identity(
-    variables: Variables, images: PyTree, *, train: bool, key: Array | None = None
-) -> tuple[PyTree, PyTree]:
-    del train, key
+def _identity(variables: Variables, images: PyTree, **mode: Any) -> tuple[PyTree, PyTree]:
+    del mode
     return images, variables.get("batch_stats", {})
 
 

@@ -19,10 +19,10 @@ class CheckpointError(Exception):
 
 
 @contextlib.contextmanager
-def _manager(directory: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+def _manager(directory: Path) -> Iterator[ocp.CheckpointManager]:
     """Orbax's manager, with its log messages kept from the terminal."""
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=False
+        max_to_keep=2, create=True, enable_async_checkpointing=False
     )
     log = logging.getLogger("absl")
     level = log.level
@@ -34,16 +34,15 @@ def _manager(directory: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
         log.setLevel(level)
 
 
-def save(directory: Path, step: int, state: PyTree, *, keep: int = 2) -> None:
-    """Writes a checkpoint under `directory/step`, all or nothing.
+def save(directory: Path, step: int, state: PyTree) -> None:
+    """Writes a checkpoint under `directory/step`, all or nothing; the newest two stay.
 
     Args:
       directory: of the run's checkpoints; created.
       step: the number of steps taken. An existing checkpoint of this step is not overwritten.
       state: a pytree of arrays.
-      keep: how many of the newest checkpoints stay.
     """
-    with _manager(directory, keep) as manager:
+    with _manager(directory) as manager:
         if step not in manager.all_steps():
             manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -52,7 +51,7 @@ def steps(directory: Path) -> list[int]:
     """The steps that have a checkpoint, in order; empty if there is no such directory."""
     if not directory.is_dir():
         return []
-    with _manager(directory, 2) as manager:
+    with _manager(directory) as manager:
         return sorted(manager.all_steps())
 
 
@@ -78,7 +77,7 @@ def restore(
         raise CheckpointError(f"no checkpoint in {directory}")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in reversed(saved):
-        with _manager(directory, 2) as manager:
+        with _manager(directory) as manager:
             try:
                 return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
             # Orbax, TensorStore and JSON raise different exceptions for a truncated file.

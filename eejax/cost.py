@@ -77,10 +77,7 @@ def macs(network: EarlyExitNetwork, variables: Variables, images: Any) -> Costs:
     comparison with published figures; `xla_macs` is closer to a device's work. Of the branches of
     a conditional the most expensive counts; a `while` loop counts once.
 
-    Args:
-      network: E exits.
-      variables: as `network.init` gives, or their shapes.
-      images: `[B, ...]`, or their shape and dtype; the costs are divided by B.
+    Arguments are those of `xla_macs`.
     """
 
     def count(function: Callable[..., Any], *args: Any) -> int:

@@ -190,10 +190,8 @@ class EarlyExitNetwork:
         def init(key: Array, images: Array) -> Variables:
             return first.init(key, preprocess(images))
 
-        def apply(
-            variables: Variables, images: Array, *, train: bool, key: Array | None = None
-        ) -> tuple[PyTree, PyTree]:
-            return first.apply(variables, preprocess(images), train=train, key=key)
+        def apply(variables: Variables, images: Array, **mode: Any) -> tuple[PyTree, PyTree]:
+            return first.apply(variables, preprocess(images), **mode)
 
         return dataclasses.replace(self, stages=(Module(init, apply), *self.stages[1:]))
 
@@ -299,15 +297,10 @@ def _without_memory(head: Module) -> Module:
         return head.init(key, features, memory)
 
     def apply(
-        variables: Variables,
-        features: PyTree,
-        memory: PyTree,
-        *,
-        train: bool,
-        key: Array | None = None,
+        variables: Variables, features: PyTree, memory: PyTree, **mode: Any
     ) -> tuple[ExitOutput, PyTree]:
         check(memory)
-        output, stats = head.apply(variables, features, memory, train=train, key=key)
+        output, stats = head.apply(variables, features, memory, **mode)
         check(output.memory)
         return output, stats
 

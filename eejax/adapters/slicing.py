@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.extend.core import jaxpr_as_fun
 from jax.tree_util import DictKey, GetAttrKey
@@ -84,31 +85,17 @@ def on_value(head: Module) -> Module:
         return head.init(key, features[0], memory)
 
     def apply(
-        variables: Variables,
-        features: PyTree,
-        memory: PyTree,
-        *,
-        train: bool,
-        key: Array | None = None,
+        variables: Variables, features: PyTree, memory: PyTree, **mode: Any
     ) -> tuple[ExitOutput, PyTree]:
-        return head.apply(variables, features[0], memory, train=train, key=key)
+        return head.apply(variables, features[0], memory, **mode)
 
     return Module(init, apply)
 
 
-def _no_variables(*_: Any) -> Variables:
-    return {"params": {}}
-
-
-def _answer(
-    variables: Variables,
-    logits: PyTree,
-    memory: PyTree,
-    *,
-    train: bool,
-    key: Array | None = None,
+def _last(
+    variables: Variables, logits: PyTree, memory: PyTree, **mode: Any
 ) -> tuple[ExitOutput, PyTree]:
-    del memory, train, key
+    del memory, mode
     if not isinstance(logits, Array) or logits.ndim != 2:
         outputs = jax.tree.map(kind, logits)
         raise ValueError(
@@ -118,7 +105,7 @@ def _answer(
     return ExitOutput(logits.astype(jnp.float32), gate, ()), variables.get("batch_stats", {})
 
 
-LAST = Module(_no_variables, _answer)
+LAST = Module(lambda *_: {"params": {}}, _last)
 """The last head of a model that was cut: the logits of the model, in float32."""
 
 
@@ -167,7 +154,7 @@ def whole(variables: Variables) -> dict[str, Any]:
 
     They are those of the stages, without the heads. An empty collection is left out.
     """
-    return _nested(_leaves({c: tree["stages"] for c, tree in variables.items()}))
+    return unflatten_dict(dict(_leaves({c: tree["stages"] for c, tree in variables.items()})))
 
 
 class _Model:
@@ -256,7 +243,7 @@ class _Model:
         def init(key: Array, features: PyTree) -> Variables:
             del features  # the init of the model reads images
             values = self.tree.flatten_up_to(self.module.init(key, self.one_image()))
-            return {"params": {}} | _nested((self.leaves[i], values[i]) for i in owned)
+            return {"params": {}} | unflatten_dict({self.leaves[i]: values[i] for i in owned})
 
         def apply(
             variables: Variables, features: PyTree, *, train: bool, key: Array | None = None
@@ -280,7 +267,8 @@ class _Model:
             if piece.updates:
                 split = len(results) - len(piece.updates)
                 names = (self.leaves[i] for i in piece.updates)
-                stats = _nested(zip(names, results[split:], strict=True))["batch_stats"]
+                updated = dict(zip(names, results[split:], strict=True))
+                stats = unflatten_dict(updated)["batch_stats"]
                 results = results[:split]
             if k == len(self.at):
                 return jax.tree.unflatten(structure, results), stats
@@ -333,17 +321,6 @@ def _checked(path: Sequence[Any]) -> tuple[str, ...]:
 
 def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
     return [(_leaf(path), x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
-
-
-def _nested(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """The nested dict of leaves by their paths."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves:
-        inner = tree
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = leaf
-    return tree
 
 
 def _some(leaves: Iterable[tuple[str, ...]]) -> str:

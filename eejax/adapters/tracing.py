@@ -49,7 +49,7 @@ class Cuts(NamedTuple):
       at: the names of the K values at which it is cut.
       values: the values.
       level: the stage, by the position of the equation; equations that no stage needs are missing.
-      maker: the equation that computes a value; inputs have none.
+      producer: the equation that computes a value; inputs have none.
       data: the values that depend on the images.
     """
 
@@ -57,7 +57,7 @@ class Cuts(NamedTuple):
     at: tuple[str, ...]
     values: tuple[Atom, ...]
     level: dict[int, int]
-    maker: dict[Var, int]
+    producer: dict[Var, int]
     data: set[Var]
 
 
@@ -159,17 +159,17 @@ def cuts(whole: Graph, at: Sequence[str]) -> Cuts:
       ValueError: if a name does not exist, exists twice or does not depend on the images, or if
         nothing is to compute between two cuts.
     """
-    maker = {v: i for i, equation in enumerate(whole.equations) for v in equation.outvars}
+    producer = {v: i for i, equation in enumerate(whole.equations) for v in equation.outvars}
     data: set[Var] = {whole.images}
     for equation in whole.equations:
         if any(v in data for v in equation.invars if isinstance(v, Var)):
             data.update(equation.outvars)
     values = tuple(_named(whole, name) for name in at)
-    result = Cuts(whole, tuple(at), values, {}, maker, data)
+    result = Cuts(whole, tuple(at), values, {}, producer, data)
     for k, value in enumerate(values):
         if not isinstance(value, Var) or value not in data:
             raise ValueError(f"{at[k]!r} does not depend on the images; cut at a value that does.")
-        if value not in maker or maker[value] in result.level:
+        if value not in producer or producer[value] in result.level:
             raise ValueError(
                 f"nothing is left to compute from {_before(at, k)} to {at[k]!r}; give names in the "
                 "order in which they are computed, and one for each value."
@@ -214,18 +214,18 @@ def _upstream(
     """The equations that lead to some values, and all values on the way, through those that
     `follow` accepts."""
     equations: set[int] = set()
-    met: set[Var] = set()
+    visited: set[Var] = set()
     waiting = list(atoms)
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Literal) or value in met or not follow(value):
+        if isinstance(value, Literal) or value in visited or not follow(value):
             continue
-        met.add(value)
-        maker = of.maker.get(value)
-        if maker is not None and maker not in equations:
-            equations.add(maker)
-            waiting.extend(of.graph.equations[maker].invars)
-    return equations, met
+        visited.add(value)
+        producer = of.producer.get(value)
+        if producer is not None and producer not in equations:
+            equations.add(producer)
+            waiting.extend(of.graph.equations[producer].invars)
+    return equations, visited
 
 
 def _direct(of: Cuts, k: int, owned: Sequence[int] | None) -> list[Atom]:
@@ -260,9 +260,9 @@ def owners(modes: Sequence[Cuts], names: Sequence[str]) -> list[int]:
 
     def claim(of: Cuts, owned: Sequence[int] | None) -> None:
         for k in range(len(at) + 1):
-            met = _constant_part(of, _direct(of, k, owned))[1]
+            visited = _constant_part(of, _direct(of, k, owned))[1]
             for i, var in enumerate(of.graph.variables):
-                if var in met and owner.setdefault(i, k) != k:
+                if var in visited and owner.setdefault(i, k) != k:
                     raise ValueError(
                         f"{names[i]} is read by {_place(at, owner[i])} and by {_place(at, k)}; a "
                         "variable belongs to one stage, so cut where it is not shared."
@@ -272,9 +272,9 @@ def owners(modes: Sequence[Cuts], names: Sequence[str]) -> list[int]:
         claim(of, None)
     for of in modes:
         for i, update in of.graph.updates.items():
-            equations, met = _upstream(of, [update], lambda v: True)
+            equations, visited = _upstream(of, [update], lambda v: True)
             computed = [of.level[j] for j in equations if j in of.level]
-            read = [owner[j] for j, v in enumerate(of.graph.variables) if v in met and j in owner]
+            read = [k for j, k in owner.items() if of.graph.variables[j] in visited]
             owner.setdefault(i, max(computed + read, default=len(at)))
     owned = [owner.get(i, len(at)) for i in range(len(names))]
     for of in modes:
@@ -350,7 +350,7 @@ def batch_axes(
             pairs = list(itertools.zip_longest(*shapes))
             differ = [i for i, (a, b) in enumerate(pairs) if a != b]
             if len(differ) != 1 or pairs[differ[0]] != batches:
-                by = of.graph.equations[of.maker[value]].primitive.name
+                by = of.graph.equations[of.producer[value]].primitive.name
                 raise ValueError(
                     f"{kind(value.aval)}, made by {by}, would cross the cut at {name!r}, and with "
                     f"{batches[0]} images it does not hold a row for each; cut elsewhere."
@@ -376,11 +376,11 @@ def slices(of: Cuts, owned: Sequence[int]) -> tuple[Slice, ...]:
 def _slice(
     of: Cuts, owned: Sequence[int], k: int, features: Sequence[Var], outputs: Sequence[Atom]
 ) -> Slice:
-    equations, met = _constant_part(of, _direct(of, k, owned))
+    equations, visited = _constant_part(of, _direct(of, k, owned))
     equations |= {i for i, level in of.level.items() if level == k}
-    reads = [i for i, v in enumerate(of.graph.variables) if v in met]
-    constants = {v: x for v, x in of.graph.constants.items() if v in met}
-    random = of.graph.key in met
+    reads = [i for i, v in enumerate(of.graph.variables) if v in visited]
+    constants = {v: x for v, x in of.graph.constants.items() if v in visited}
+    random = of.graph.key in visited
     updates = [i for i in of.graph.updates if owned[i] == k]
     program = jex.Jaxpr(
         list(constants),

@@ -1,4 +1,4 @@
-"""What a policy comes to on a recorded trace: the reference routing, metrics, significance."""
+"""Evaluation of a policy on a recorded trace: the reference routing, metrics, significance."""
 
 from eejax.evaluation import metrics, routing, significance
 from eejax.evaluation.routing import Routed, Scored, route, score

@@ -94,11 +94,11 @@ def _explain(name: str, times: dict[str, float], shares: np.ndarray, batch: int)
     others = ", ".join(
         f"{n} {ms:.3g} ms" for n, ms in sorted(times.items(), key=lambda t: t[1]) if n != name
     )
-    words = (
+    explanation = (
         f"{name}: {times[name]:.3g} ms for {batch} images on {device.platform} "
         f"({device.device_kind}), against {others}. At these thresholds the exits take "
         f"{', '.join(f'{100 * share:.0f} %' for share in shares)}."
     )
     if times[PLAIN] < times[name]:
-        words += " The plain network is faster: early exit does not pay here."
-    return words
+        explanation += " The plain network is faster: early exit does not pay here."
+    return explanation

@@ -140,6 +140,7 @@ def _run(
         several, and the number of stages.
       images, count, tiles: as for `compact`.
     """
+    packing.check_tiles(tiles)
     batch, (first, _) = images.shape[0], exits[0]
     tiles = packing.choose_tiles(tiles, first, images)
     padded = -(-batch // tiles[-1]) * tiles[-1]
@@ -165,7 +166,7 @@ def _run(
     logits = jnp.zeros((batch, results.logits.shape[1]), results.logits.dtype)
     logits = logits.at[indices].set(results.logits, mode="drop")
     taken = jnp.zeros(batch, jnp.int32).at[indices].set(results.exits, mode="drop")
-    return Prediction(logits.argmax(-1).astype(jnp.int32), taken, logits)
+    return Prediction.of(logits, taken)
 
 
 def _run_depth(

@@ -85,9 +85,9 @@ class Anytime:
             if not more or now + needed[min(e + 1, last)] > due:
                 break
         logits, exits = (np.asarray(x)[:count] for x in (state.logits, state.exits))
-        labels = logits.argmax(-1).astype(np.int32)
+        result = Prediction.of(logits, exits)
         self._note(-1, time.perf_counter() - now + start - begin)
-        return Prediction(labels, exits, logits)
+        return result
 
     def _note(self, row: int, seconds: float) -> None:
         self.seconds[row, self._calls[row] % RECENT] = seconds

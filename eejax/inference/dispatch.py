@@ -65,8 +65,7 @@ def host(
     Raises:
       ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
-    if tiles is not None:
-        packing.check_tiles(tiles)
+    packing.check_tiles(tiles)
     devices = [jax.devices()[0]] if devices is None else list(devices)
     exits = bind_exits(network, policy, variables, jnp.zeros(network.num_exits - 1))
     programs = {
@@ -169,5 +168,4 @@ def _in_order(outputs: Sequence[Buffer]) -> Prediction:
     groups = [[np.asarray(x)[: int(count)] for x in rows] for rows, count in outputs]
     logits, exits, indices = (np.concatenate(parts) for parts in zip(*groups, strict=True))
     order = np.argsort(indices)
-    logits = logits[order]
-    return Prediction(logits.argmax(-1).astype(np.int32), exits[order], logits)
+    return Prediction.of(logits[order], exits[order])

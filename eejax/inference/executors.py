@@ -65,7 +65,7 @@ def full(
     batch = whole_batch(policy, images)
     for exit in bind_exits(network, policy, variables, thresholds):
         batch = whole_batch_step(exit, batch)
-    return _prediction(batch.logits, batch.exits)
+    return Prediction.of(batch.logits, batch.exits)
 
 
 def cond(
@@ -98,8 +98,4 @@ def cond(
     # With batch size 1 the single image is always valid.
     single = images.shape[0] == 1
     count = None if single else count
-    return _prediction(*run(0, whole_batch(policy, images, count)))
-
-
-def _prediction(logits: Array, exits: Array) -> Prediction:
-    return Prediction(logits.argmax(-1).astype(jnp.int32), exits, logits)
+    return Prediction.of(*run(0, whole_batch(policy, images, count)))

@@ -74,7 +74,7 @@ def run_stage(
       active: its `Samples`. If `active.rows is targets.survivors.rows` the survivors overwrite the
         samples that were read, which is possible since there are never more of them.
       targets: buffers with room for one tile more than is appended.
-      tiles: sizes, as `check_tiles` wants them.
+      tiles: sizes that pass `check_tiles`.
       flush: whether the rest that fills no large tile is run too, in smaller tiles; bool, may be
         traced.
 
@@ -152,8 +152,10 @@ def empty_outputs(logits: Any, size: int) -> Buffer:
 TILE_BYTES = 2 << 20
 
 
-def check_tiles(tiles: Sequence[int]) -> None:
-    """Raises ValueError unless sizes decrease and each divides the one before it."""
+def check_tiles(tiles: Sequence[int] | None) -> None:
+    """Raises ValueError unless sizes decrease and each divides the one before it; None passes."""
+    if tiles is None:
+        return
     if not tiles or tiles[-1] < 1 or any(a <= b or a % b for a, b in itertools.pairwise(tiles)):
         raise ValueError(
             f"tiles {tuple(tiles)}; give falling sizes, each a divisor of the one before."
@@ -167,12 +169,8 @@ def choose_tiles(tiles: tuple[int, ...] | None, exit: Exit, images: Any) -> tupl
       tiles: or None.
       exit: the first.
       images: `[B, ...]`, or their shape and dtype.
-
-    Raises:
-      ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
     if tiles is not None:
-        check_tiles(tiles)
         return tiles
     features = jax.eval_shape(
         lambda images: exit.stage.apply(exit.variables[0], images, train=False)[0], images

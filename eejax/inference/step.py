@@ -33,6 +33,11 @@ class Prediction(NamedTuple):
     exits: Array | np.ndarray
     logits: Array | np.ndarray
 
+    @classmethod
+    def of(cls, logits: Any, exits: Any) -> Prediction:
+        """The prediction of these logits and exits, JAX or NumPy arrays."""
+        return cls(logits.argmax(-1).astype(np.int32), exits, logits)
+
 
 class Executor(Protocol):
     """A pure function that can be traced inside a caller's own `jax.jit`.

@@ -72,8 +72,7 @@ def stream(
     """
     devices = 1 if mesh is None else mesh.shape[axis]
     share, rest = divmod(chunk, devices)
-    if tiles is not None:
-        packing.check_tiles(tiles)
+    packing.check_tiles(tiles)
     if rest or share < 1 or (share % tiles[0] if tiles else share & (share - 1)):
         sizes = f"a multiple of {tiles[0] * devices}" if tiles else "a power of two on each"
         raise ValueError(f"chunk is {chunk}, for {devices} device(s); give {sizes}.")

@@ -7,44 +7,19 @@ the hidden linear layers are left out, and all pooling is of 2x2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
 
 from eejax.backbone import cut
 from eejax.exits import Exits
 from eejax.models.family import Family, Published
 from eejax.models.heads import Flat, Head, Mixed
-from eejax.models.layers import check_size, halved, he_in
+from eejax.models.layers import ConvPool, check_size
 from eejax.network import EarlyExitNetwork
-
-
-class Block(nn.Module):
-    """A convolution and ReLU; then, if asked for, pooling."""
-
-    width: int
-    size: int
-    stride: int = 1
-    pool: bool = False
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        del train
-        conv = nn.Conv(
-            self.width,
-            (self.size, self.size),
-            self.stride,
-            padding=self.size // 2,
-            dtype=self.dtype,
-            kernel_init=he_in,
-            name="conv",
-        )
-        x = nn.relu(conv(x.astype(self.dtype)))
-        return halved(x) if self.pool else x
 
 
 def alexnet(
@@ -66,12 +41,13 @@ def alexnet(
       width: channels of the first block; the others have 3, 6, 4 and 4 times as many.
     """
     check_size(image, 16, width=width)
+    block = functools.partial(ConvPool, dtype=dtype)
     blocks: list[nn.Module] = [
-        Block(width, 11, 4, True, dtype),
-        Block(3 * width, 5, 1, True, dtype),
-        Block(6 * width, 3, 1, False, dtype),
-        Block(4 * width, 3, 1, False, dtype),
-        Block(4 * width, 3, 1, True, dtype),
+        block(width, 11, 4, padding=5, pool=True),
+        block(3 * width, 5, padding=2, pool=True),
+        block(6 * width),
+        block(4 * width),
+        block(4 * width, pool=True),
     ]
     early, last = Head(classes, Mixed(), gate), Head(classes, Flat(), gate)
     return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)

@@ -1,4 +1,4 @@
-"""DenseNet-BC: every layer reads what all layers of its group before it have put out.
+"""DenseNet-BC: every layer reads the outputs of all layers before it in its group.
 
 Huang, Liu, van der Maaten, Weinberger, *Densely connected convolutional networks*, CVPR 2017,
 https://arxiv.org/abs/1608.06993. Bottlenecks of four times the growth, half the channels between
@@ -19,7 +19,7 @@ from jax import Array
 
 from eejax.backbone import Chain, cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Head, Pooled, average_pool
 from eejax.models.layers import Norm, check_size, convolution, shrink, small_image
 from eejax.network import EarlyExitNetwork
@@ -110,20 +110,18 @@ def densenet(
     return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
 
 
-_LARGE = {"classes": 1000, "image": (224, 224, 3)}
-
 FAMILY = Family(
     densenet,
     "Huang, Liu, van der Maaten, Weinberger, 2017, https://arxiv.org/abs/1608.06993",
     {"groups": (1, 1, 1), "width": 4, "image": (8, 8, 3)},
     (
-        Published("DenseNet-121", _LARGE, 7_978_856, 2.834e9, "torchvision 0.28"),
+        Published("DenseNet-121", FOR_IMAGENET, 7_978_856, 2.834e9, TORCHVISION),
         Published(
             "DenseNet-169",
-            {**_LARGE, "groups": (6, 12, 32, 32)},
+            {**FOR_IMAGENET, "groups": (6, 12, 32, 32)},
             14_149_480,
             3.36e9,
-            "torchvision 0.28",
+            TORCHVISION,
         ),
         Published(
             "DenseNet-BC-100",

@@ -16,7 +16,7 @@ from jax import Array
 
 from eejax.backbone import cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Head, Pooled
 from eejax.models.layers import check_rate, check_size, he, small_image
 from eejax.models.mobilenet import ConvNorm, InvertedResidual, rounded
@@ -79,7 +79,7 @@ def efficientnet(
     blocks: list[nn.Module] = [
         ConvNorm(before, 3, 1 if small else 2, activation=nn.silu, dtype=dtype)
     ]
-    counts = [math.ceil(repeats * depth) for _, _, repeats, _, _ in GROUPS]
+    counts = block_counts(depth)
     for group, (expansion, channels, _, stride, size) in enumerate(GROUPS):
         for i in range(counts[group]):
             stays = i > 0 or (small and group == 1)
@@ -114,22 +114,25 @@ GROUPS = (
     (6, 320, 1, 1, 3),
 )
 
+
+def block_counts(depth: float) -> list[int]:
+    """The blocks of each group, from a factor on their repeats."""
+    return [math.ceil(repeats * depth) for _, _, repeats, _, _ in GROUPS]
+
+
 FAMILY = Family(
     efficientnet,
     "Tan, Le, 2019, https://arxiv.org/abs/1905.11946",
     {"depth": 0.25, "width": 0.1, "image": (8, 8, 3)},
-    tuple(
+    (
+        Published("EfficientNet-B0", FOR_IMAGENET, 5_288_548, 0.386e9, TORCHVISION),
         Published(
-            f"EfficientNet-{name}",
-            {"classes": 1000, "image": (side, side, 3), "depth": depth, "width": width},
-            parameters,
-            macs,
-            "torchvision 0.28",
-        )
-        for name, side, depth, width, parameters, macs in (
-            ("B0", 224, 1.0, 1.0, 5_288_548, 0.386e9),
-            ("B2", 288, 1.2, 1.1, 9_109_994, 1.088e9),
-        )
+            "EfficientNet-B2",
+            {"classes": 1000, "image": (288, 288, 3), "depth": 1.2, "width": 1.1},
+            9_109_994,
+            1.088e9,
+            TORCHVISION,
+        ),
     ),
     {"dropout": 0.2, "stochastic_depth": 0.2},
 )

@@ -15,7 +15,7 @@ A family is a function `family(classes, *, image, ..., exits, head, gate, dtype)
   given.
 
 Every family raises ValueError if an image, a size or a rate is out of range, or if an exit does not
-exist; what else it refuses, its docstring says.
+exist; the docstring of a family lists its other errors.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eejax.network import EarlyExitNetwork
+
+TORCHVISION = "torchvision 0.28"  # the source of many published networks
+FOR_IMAGENET = types.MappingProxyType({"classes": 1000, "image": (224, 224, 3)})
+"""Arguments of the published networks for ImageNet."""
 
 
 class Published(NamedTuple):

@@ -33,6 +33,45 @@ class Norm(nn.Module):
         return norm(x.astype(jnp.float32)).astype(self.dtype)
 
 
+class ConvPool(nn.Module):
+    """A convolution with an offset, ReLU and pooling: the block of networks without shortcuts.
+
+    Attributes:
+      width: channels that come out.
+      size: of the kernel.
+      stride: by which the image shrinks.
+      padding: pixels on each side.
+      pool: 2x2 pooling at the end.
+      norm: batch normalisation before the ReLU; the offset stays, as in the published VGGs.
+      dtype: of the arithmetic.
+    """
+
+    width: int
+    size: int = 3
+    stride: int = 1
+    padding: int = 1
+    pool: bool = False
+    norm: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        conv = nn.Conv(
+            self.width,
+            (self.size, self.size),
+            self.stride,
+            padding=self.padding,
+            dtype=self.dtype,
+            kernel_init=he_in,
+            name="conv",
+        )
+        x = conv(x.astype(self.dtype))
+        if self.norm:
+            x = Norm(dtype=self.dtype, name="bn")(x, train=train)
+        x = nn.relu(x)
+        return halved(x) if self.pool else x
+
+
 class Depthwise(nn.Module):
     """A convolution of each channel by itself, without bias, `[B, H, W, K]` to the same channels.
 

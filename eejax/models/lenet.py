@@ -12,29 +12,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
 
 from eejax.backbone import cut
 from eejax.exits import Exits
 from eejax.models.family import Family, Published
 from eejax.models.heads import Flat, Head, Hidden, Mixed
-from eejax.models.layers import check_size, halved, he_in
+from eejax.models.layers import ConvPool, check_size
 from eejax.network import EarlyExitNetwork
-
-
-class Block(nn.Module):
-    """A 5x5 convolution without padding, ReLU and pooling."""
-
-    width: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        del train
-        conv = nn.Conv(
-            self.width, (5, 5), padding="VALID", dtype=self.dtype, kernel_init=he_in, name="conv"
-        )
-        return halved(nn.relu(conv(x.astype(self.dtype))))
 
 
 def lenet(
@@ -57,7 +41,10 @@ def lenet(
         linear layers 20 and 14 times as many: 16, 120 and 84 in a LeNet.
     """
     check_size(image, 16, width=width)
-    blocks: list[nn.Module] = [Block(width, dtype), Block(8 * width // 3, dtype)]
+    blocks: list[nn.Module] = [
+        ConvPool(channels, 5, padding=0, pool=True, dtype=dtype)
+        for channels in (width, 8 * width // 3)
+    ]
     early = Head(classes, Mixed(), gate)
     last = Head(classes, Hidden((20 * width, 14 * width), Flat()), gate)
     return cut(blocks, exits, head or (lambda e: early), classifier=last, image=image)

@@ -17,7 +17,7 @@ from jax import Array
 
 from eejax.backbone import cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Head, Pooled
 from eejax.models.layers import (
     Depthwise,
@@ -169,14 +169,6 @@ FAMILY = Family(
     mobilenet,
     "Sandler, Howard, Zhu, Zhmoginov, Chen, 2018, https://arxiv.org/abs/1801.04381",
     {"depth": 0.25, "width": 0.1, "image": (8, 8, 3)},
-    (
-        Published(
-            "MobileNetV2",
-            {"classes": 1000, "image": (224, 224, 3)},
-            3_504_872,
-            0.301e9,
-            "torchvision 0.28",
-        ),
-    ),
+    (Published("MobileNetV2", FOR_IMAGENET, 3_504_872, 0.301e9, TORCHVISION),),
     {"dropout": 0.2},
 )

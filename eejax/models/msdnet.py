@@ -1,7 +1,7 @@
 """MSDNet: features at several scales at once, densely connected; exits read the coarsest.
 
 Huang, Chen, Li, Wu, van der Maaten, Weinberger, *Multi-scale dense networks for resource efficient
-image classification*, ICLR 2018, https://arxiv.org/abs/1703.09844; to the letter that of
+image classification*, ICLR 2018, https://arxiv.org/abs/1703.09844; exactly as in
 https://github.com/kalviny/MSDNet-PyTorch. Features are a tuple of scales, the finest first. A layer
 adds channels to each of them, from it and from the next finer one.
 """
@@ -17,7 +17,7 @@ from jax import Array
 
 from eejax.backbone import Chain, cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, Family, Published
 from eejax.models.heads import Head, Reduced
 from eejax.models.layers import Norm, check_size, convolution, shrink, small_image
 from eejax.network import EarlyExitNetwork
@@ -103,7 +103,7 @@ class Transition(nn.Module):
 
 
 class Step(NamedTuple):
-    """One layer: the number of scales that it puts out, and whether a transition halves the
+    """One layer: the number of scales of its output, and whether a transition halves the
     channels after it."""
 
     scales: int
@@ -161,8 +161,7 @@ def msdnet(
         where it can no longer reach the classifier.
       base: layers before the first exit, where `exits` is None.
       step: layers from one exit to the next, where `exits` is None.
-      exits: where, as `positions.blocks_of` takes them; None is after layer `base` and then every
-        `step`, as published.
+      exits: None is after layer `base` and then every `step`, as published.
 
     Raises:
       ValueError: also if there are fewer layers than scales, or `prune` is another string.
@@ -221,8 +220,8 @@ FAMILY = Family(
         Published(
             "MSDNet, ImageNet",
             {
-                **{"classes": 1000, "image": (224, 224, 3), "depth": 20, "step": 4},
-                **{"width": 32, "growth": 16, "factors": (1, 2, 4, 4)},
+                **FOR_IMAGENET,
+                **{"depth": 20, "step": 4, "width": 32, "growth": 16, "factors": (1, 2, 4, 4)},
             },
             13_322_568,
             1.262e9,

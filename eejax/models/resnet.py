@@ -18,7 +18,7 @@ from jax import Array
 
 from eejax.backbone import Chain, cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Head
 from eejax.models.layers import Norm, check_size, convolution, shrink, small_image
 from eejax.network import EarlyExitNetwork
@@ -164,41 +164,28 @@ def resnet_imagenet(
 GROUPS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
+_AKAMASTER = "akamaster/pytorch_resnet_cifar10, d5489e8"
 _PAPER = "He, Zhang, Ren, Sun, 2016, https://arxiv.org/abs/1512.03385"
-_TORCHVISION = "torchvision 0.28"
-_LARGE = {"classes": 1000, "image": (224, 224, 3)}
 
 SMALL_IMAGES = Family(
     resnet,
     _PAPER,
     {"depth": 8, "width": 4, "image": (8, 8, 3)},
-    tuple(
-        Published(
-            f"ResNet-{depth}",
-            {"classes": 10, "depth": depth},
-            parameters,
-            macs,
-            "akamaster/pytorch_resnet_cifar10, d5489e8",
-        )
-        for depth, parameters, macs in (
-            (20, 269_722, 40.6e6),
-            (32, 464_154, 68.9e6),
-            (44, 658_586, 97.2e6),
-            (56, 853_018, 125.5e6),
-            (110, 1_727_962, 253e6),
-        )
+    (
+        Published("ResNet-20", {"classes": 10, "depth": 20}, 269_722, 40.6e6, _AKAMASTER),
+        Published("ResNet-32", {"classes": 10, "depth": 32}, 464_154, 68.9e6, _AKAMASTER),
+        Published("ResNet-44", {"classes": 10, "depth": 44}, 658_586, 97.2e6, _AKAMASTER),
+        Published("ResNet-56", {"classes": 10, "depth": 56}, 853_018, 125.5e6, _AKAMASTER),
+        Published("ResNet-110", {"classes": 10, "depth": 110}, 1_727_962, 253e6, _AKAMASTER),
     ),
 )
 IMAGENET = Family(
     resnet_imagenet,
     _PAPER,
     {"depth": 18, "width": 4, "image": (8, 8, 3)},
-    tuple(
-        Published(f"ResNet-{depth}", {**_LARGE, "depth": depth}, parameters, macs, _TORCHVISION)
-        for depth, parameters, macs in (
-            (18, 11_689_512, 1.814e9),
-            (34, 21_797_672, 3.664e9),
-            (50, 25_557_032, 4.089e9),
-        )
+    (
+        Published("ResNet-18", {**FOR_IMAGENET, "depth": 18}, 11_689_512, 1.814e9, TORCHVISION),
+        Published("ResNet-34", {**FOR_IMAGENET, "depth": 34}, 21_797_672, 3.664e9, TORCHVISION),
+        Published("ResNet-50", {**FOR_IMAGENET, "depth": 50}, 25_557_032, 4.089e9, TORCHVISION),
     ),
 )

@@ -12,37 +12,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
 
 from eejax.backbone import cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Flat, Head, Hidden, Mixed, Pooled
-from eejax.models.layers import Norm, check_rate, check_size, halved, he_in
+from eejax.models.layers import ConvPool, check_rate, check_size
 from eejax.network import EarlyExitNetwork
 
 GROUPS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
-
-
-class Block(nn.Module):
-    """A 3x3 convolution, with `norm` batch normalisation, ReLU, and with `pool` 2x2 pooling."""
-
-    width: int
-    pool: bool = False
-    norm: bool = True
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        # The convolution has an offset beside the normalisation's, as in the published networks.
-        conv = nn.Conv(
-            self.width, (3, 3), padding=1, dtype=self.dtype, kernel_init=he_in, name="conv"
-        )
-        x = conv(x.astype(self.dtype))
-        if self.norm:
-            x = Norm(dtype=self.dtype, name="bn")(x, train=train)
-        x = nn.relu(x)
-        return halved(x) if self.pool else x
 
 
 def vgg(
@@ -85,7 +63,7 @@ def vgg(
             "multiple, or hidden=None."
         )
     blocks: list[nn.Module] = [
-        Block(width << min(group, 3), i == count - 1, norm, dtype)
+        ConvPool(width << min(group, 3), pool=i == count - 1, norm=norm, dtype=dtype)
         for group, count in enumerate(GROUPS[depth])
         for i in range(count)
     ]
@@ -96,39 +74,32 @@ def vgg(
 
 
 _KUANGLIU = "kuangliu/pytorch-cifar, 49b7aa9"
-_TORCHVISION = "torchvision 0.28"
-_LARGE = {"classes": 1000, "image": (224, 224, 3), "hidden": 4096}
+_LARGE = {**FOR_IMAGENET, "hidden": 4096}
+_BARE = {**_LARGE, "norm": False}
 
 FAMILY = Family(
     vgg,
     "Simonyan, Zisserman, 2015, https://arxiv.org/abs/1409.1556",
     {"depth": 11, "width": 4, "image": (32, 32, 3)},
     (
+        Published("VGG-11 (CIFAR)", {"classes": 10, "depth": 11}, 9_231_114, 152.8e6, _KUANGLIU),
+        Published("VGG-13 (CIFAR)", {"classes": 10, "depth": 13}, 9_416_010, 228.3e6, _KUANGLIU),
+        Published("VGG-16 (CIFAR)", {"classes": 10, "depth": 16}, 14_728_266, 313.2e6, _KUANGLIU),
+        Published("VGG-11", {**_BARE, "depth": 11}, 132_863_336, 7.609e9, TORCHVISION),
+        Published("VGG-13", {**_BARE, "depth": 13}, 133_047_848, 11.308e9, TORCHVISION),
+        Published("VGG-16", {**_BARE, "depth": 16}, 138_357_544, 15.47e9, TORCHVISION),
         *(
             Published(
-                f"VGG-{depth} (CIFAR)", {"classes": 10, "depth": depth}, parameters, macs, _KUANGLIU
-            )
-            for depth, parameters, macs in (
-                (11, 9_231_114, 152.8e6),
-                (13, 9_416_010, 228.3e6),
-                (16, 14_728_266, 313.2e6),
-            )
-        ),
-        *(
-            Published(
-                f"VGG-{depth}{' with batch normalisation' if norm else ''}",
-                {**_LARGE, "depth": depth, "norm": norm},
+                f"VGG-{depth} with batch normalisation",
+                {**_LARGE, "depth": depth},
                 parameters,
                 macs,
-                _TORCHVISION,
+                TORCHVISION,
             )
-            for depth, norm, parameters, macs in (
-                (11, False, 132_863_336, 7.609e9),
-                (13, False, 133_047_848, 11.308e9),
-                (16, False, 138_357_544, 15.47e9),
-                (11, True, 132_868_840, 7.609e9),
-                (13, True, 133_053_736, 11.308e9),
-                (16, True, 138_365_992, 15.47e9),
+            for depth, parameters, macs in (
+                (11, 132_868_840, 7.609e9),
+                (13, 133_053_736, 11.308e9),
+                (16, 138_365_992, 15.47e9),
             )
         ),
     ),

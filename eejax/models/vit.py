@@ -19,7 +19,7 @@ from jax import Array
 
 from eejax.backbone import Chain, cut
 from eejax.exits import Exits
-from eejax.models.family import Family, Published
+from eejax.models.family import FOR_IMAGENET, TORCHVISION, Family, Published
 from eejax.models.heads import Head, Tokens
 from eejax.models.layers import check_patches, check_rate, check_size, drop_branch
 from eejax.network import EarlyExitNetwork
@@ -150,7 +150,7 @@ def vit(
     return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
 
 
-_LARGE = {"classes": 1000, "image": (224, 224, 3), "patch": 16}
+_LARGE = {**FOR_IMAGENET, "patch": 16}
 
 FAMILY = Family(
     vit,
@@ -160,7 +160,7 @@ FAMILY = Family(
         # timm gives no more than two digits of the first two's multiply-accumulates.
         Published("ViT-Ti/16", {**_LARGE, "size": "Ti"}, 5_717_416, None, "timm 1.0.31"),
         Published("ViT-S/16", {**_LARGE, "size": "S"}, 22_050_664, None, "timm 1.0.31"),
-        Published("ViT-B/16", {**_LARGE, "size": "B"}, 86_567_656, 17.564e9, "torchvision 0.28"),
+        Published("ViT-B/16", {**_LARGE, "size": "B"}, 86_567_656, 17.564e9, TORCHVISION),
     ),
     {"dropout": 0.1, "stochastic_depth": 0.1},
 )

@@ -90,23 +90,22 @@ def wideresnet(
     return cut(blocks, exits, head or (lambda e: last), classifier=last, image=image)
 
 
+_SOURCE = "xternalz/WideResNet-pytorch, 1171f93"
+
 FAMILY = Family(
     wideresnet,
     "Zagoruyko, Komodakis, 2016, https://arxiv.org/abs/1605.07146",
     {"depth": 10, "width": 1, "image": (8, 8, 3)},
-    tuple(
+    (
         Published(
-            f"WRN-{depth}-{width}",
-            {"classes": 10, "depth": depth, "width": width},
-            parameters,
-            macs,
-            "xternalz/WideResNet-pytorch, 1171f93",
-        )
-        for depth, width, parameters, macs in (
-            (16, 8, 10_961_370, 1.548e9),
-            (40, 4, 8_949_210, 1.299e9),
-            (28, 10, 36_479_194, 5.243e9),
-        )
+            "WRN-16-8", {"classes": 10, "depth": 16, "width": 8}, 10_961_370, 1.548e9, _SOURCE
+        ),
+        Published(
+            "WRN-40-4", {"classes": 10, "depth": 40, "width": 4}, 8_949_210, 1.299e9, _SOURCE
+        ),
+        Published(
+            "WRN-28-10", {"classes": 10, "depth": 28, "width": 10}, 36_479_194, 5.243e9, _SOURCE
+        ),
     ),
     {"dropout": 0.3},
 )

@@ -134,16 +134,19 @@ def to_arrays(policy: Policy) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return description, arrays
 
 
-def from_arrays(description: Mapping[str, Any], arrays: Mapping[str, ArrayLike]) -> Policy:
+def from_arrays(
+    description: Mapping[str, Any], arrays: Mapping[str, ArrayLike], prefix: str = ""
+) -> Policy:
     """The policy that `to_arrays` took apart; its scores are the same, bit for bit.
+
+    Args:
+      description: as `to_arrays` returned it.
+      arrays: by name; others may be among them.
+      prefix: comes before the names in `arrays`.
 
     Raises:
       ValueError: if a rule is unknown, or parameters are missing, unknown or of the wrong shape.
     """
-    return _assembled(description, arrays, "")
-
-
-def _assembled(description: Any, arrays: Mapping[str, ArrayLike], prefix: str) -> Policy:
     rule = description.get("rule") if isinstance(description, Mapping) else None
     if rule not in _ALL:
         raise ValueError(
@@ -161,7 +164,7 @@ def _assembled(description: Any, arrays: Mapping[str, ArrayLike], prefix: str) -
     for name in names:
         path, shape = prefix + name, description[name]
         if kinds[name] is Policy:
-            params.append(_assembled(shape, arrays, f"{path}."))
+            params.append(from_arrays(shape, arrays, f"{path}."))
             continue
         given = list(np.shape(arrays[path])) if path in arrays else "no array"
         if given != shape:

@@ -39,7 +39,7 @@ class Rule(NamedTuple):
       check: `check(params) -> params`; raises ValueError if shapes or values do not fit.
       fit: `fit(trace, cost) -> params`, from held-out samples and the cost `[E]` of each exit.
       needs_gate: whether the scores have a meaning only if training has trained the gate.
-      baseline: whether the scores ignore the sample, so that other policies are set beside it.
+      baseline: whether the scores ignore the sample, so that other policies are compared with it.
       probabilities: whether the softmax of its answers is a probability, which can be calibrated.
     """
 

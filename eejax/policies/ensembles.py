@@ -236,9 +236,9 @@ def _check_ztw(params: ZtwParams) -> ZtwParams:
 
 def _ensemble(
     init: Callable[[Any, int], Array],
-    answer: Callable[[Any, Array, Array, Any], tuple[Array, Array]],
+    combine: Callable[[Any, Array, Array, Any], tuple[Array, Array]],
 ) -> tuple[Callable[..., PyTree], Callable[..., tuple[Array, Array, PyTree]]]:
-    """A rule's `init` and `step`, from `answer(params, log_p, past, e) -> (logits, past)`; the
+    """A rule's `init` and `step`, from `combine(params, log_p, past, e) -> (logits, past)`; the
     answer is scored by `params.score`."""
 
     def start(params: Any, batch_size: int) -> PyTree:
@@ -247,7 +247,7 @@ def _ensemble(
     def step(params: Any, output: ExitOutput, state: PyTree, e: Any) -> tuple[Array, Array, PyTree]:
         past, inner = state
         _check_classes(output, past.shape[-1])
-        logits, past = answer(params, jax.nn.log_softmax(output.logits), past, e)
+        logits, past = combine(params, jax.nn.log_softmax(output.logits), past, e)
         logits, score, inner = params.score.step(output._replace(logits=logits), inner, e)
         return logits, score, (past, inner)
 

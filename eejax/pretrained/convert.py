@@ -83,18 +83,18 @@ def load(
     def take(path: KeyPath, ours: Any) -> Any:
         if path not in loaded:
             return jnp.asarray(ours)
-        theirs = _in_our_order(arrays[loaded[path]], path)
-        if theirs.shape != ours.shape:
+        array = _transposed(arrays[loaded[path]], path)
+        if array.shape != ours.shape:
             hint = ""
             if _is_head(path):
                 hint = "; classifier=False leaves the last head as it is"
             elif path[-1].key == "pos_embed":
                 hint = "; make the network for the image size that it was trained on"
             raise ValueError(
-                f"{loaded[path]}: {theirs.shape} there and {tuple(ours.shape)} here, in our order "
+                f"{loaded[path]}: {array.shape} there and {tuple(ours.shape)} here, in our order "
                 f"of axes{hint}."
             )
-        return jnp.asarray(theirs.astype(ours.dtype))
+        return jnp.asarray(array.astype(ours.dtype))
 
     return jax.tree_util.tree_map_with_path(take, variables)
 
@@ -185,8 +185,8 @@ def _words(path: KeyPath) -> list[str]:
     return [*words[:-1], _LEAVES.get(words[-1], words[-1])]
 
 
-def _in_our_order(theirs: np.ndarray, path: KeyPath) -> np.ndarray:
+def _transposed(array: np.ndarray, path: KeyPath) -> np.ndarray:
     """PyTorch's kernels are `[O, I]` and `[O, I, H, W]`, ours `[I, O]` and `[H, W, I, O]`."""
     if path[-1].key != "kernel":
-        return theirs
-    return theirs.transpose(2, 3, 1, 0) if theirs.ndim == 4 else theirs.T
+        return array
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

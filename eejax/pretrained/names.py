@@ -6,14 +6,10 @@ A function is named after the source and the family of `eejax.models` that it is
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# Blocks of each group, by depth.
-_RESNET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-_VGG = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
-_EFFICIENTNET = (1, 2, 2, 3, 3, 4, 1)  # at depth 1
+from eejax.models import efficientnet, msdnet, resnet, vgg
 
 
 class Names(NamedTuple):
@@ -38,7 +34,7 @@ class Names(NamedTuple):
 
 def torchvision_resnet(depth: int) -> Names:
     """torchvision's `resnet18`, `34`, `50` for `resnet_imagenet` of that depth."""
-    groups = _groups(_RESNET, depth)
+    groups = _groups(resnet.GROUPS, depth)
     blocks = [f"layer{g}.{i}" for g, n in enumerate(groups, 1) for i in range(n)]
     return Names(
         ("", *blocks),
@@ -82,8 +78,8 @@ def torchvision_mobilenet() -> Names:
 
 def torchvision_efficientnet(depth: float = 1.0) -> Names:
     """torchvision's `efficientnet_b0` to `b4`, for `efficientnet` of that factor on the depth."""
-    counts = [math.ceil(repeats * depth) for repeats in _EFFICIENTNET]
-    blocks = [f"features.{g}.{i}" for g, n in enumerate(counts, 1) for i in range(n)]
+    counts = enumerate(efficientnet.block_counts(depth), 1)
+    blocks = [f"features.{g}.{i}" for g, n in counts for i in range(n)]
     return Names(
         ("features.0", *blocks, "features.8"),
         (
@@ -106,7 +102,7 @@ _CONV_NORM = ((r"\.conv\.", ".0."), (r"\.bn\.", ".1."))
 
 
 def torchvision_densenet(groups: Sequence[int] = (6, 12, 24, 16)) -> Names:
-    """torchvision's `densenet121` and its kin, for `densenet` of these groups, on large images."""
+    """`densenet121`, `169` ... of torchvision for `densenet` of these groups, on large images."""
     blocks = ["features"]
     for g, layers in enumerate(groups, 1):
         blocks += [f"features.denseblock{g}.denselayer{i + 1}" for i in range(layers)]
@@ -181,7 +177,7 @@ def torchvision_vgg(depth: int, norm: bool = True) -> Names:
 def _vgg(depth: int, norm: bool) -> tuple[list[str], list[tuple[str, str]]]:
     """Both sources keep one list, `features`, of convolutions, norms, ReLUs and pooling."""
     blocks, place = [], 0
-    for count in _groups(_VGG, depth):
+    for count in _groups(vgg.GROUPS, depth):
         for _ in range(count):
             blocks.append(f"features.{place}/{place + 1}")
             place += 3 if norm else 2
@@ -217,13 +213,10 @@ def kalviny_msdnet(exits: Sequence[int], *, scales: int = 3, prune: str = "max")
       scales: their number.
       prune: as for `msdnet`.
     """
-    depth, blocks = exits[-1], []
-    # The layers, 0-based, that a transition follows.
-    interval = -(-depth // scales)
-    thirds = depth // 3 - 1, 2 * depth // 3 - 1
-    reduced = range(interval, depth, interval) if prune == "max" else thirds
+    layers, blocks = msdnet.steps(exits[-1], scales, prune), []
     for e, (start, stop) in enumerate(itertools.pairwise((0, *exits))):
-        count = (stop - start) + sum(start <= i < stop for i in reduced) + (start == 0)
+        # The first layer and each transition count as blocks there.
+        count = sum(1 + layer.reduced for layer in layers[start:stop]) + (start == 0)
         blocks += [f"blocks.{e}.{i}" for i in range(count)]
     return Names(
         blocks,
@@ -255,7 +248,7 @@ def timm_vit(depth: int = 12) -> Names:
 
 
 def torchvision_vit(depth: int = 12) -> Names:
-    """torchvision's `vit_b_16` and its kin for `vit` of that depth with a class token."""
+    """torchvision's `vit_b_16` and its other sizes for `vit` of that depth with a class token."""
     return Names(
         ("", *(f"encoder.layers.encoder_layer_{i}" for i in range(depth))),
         (

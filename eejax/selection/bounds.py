@@ -82,16 +82,16 @@ def betting(losses: ArrayLike, risk: float, delta: float = 0.1) -> np.ndarray:
 
 
 def interval(losses: ArrayLike, confidence: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """Limits between which the mean loss lies with the given confidence, by inverting `betting`.
+    """A confidence interval of the mean loss, by inverting `betting`.
 
-    The upper limit is the smallest mean that `betting` rejects in favour of a smaller one, the
-    lower limit the same for one minus the losses, each at half of the error (Waudby-Smith, Ramdas,
-    https://arxiv.org/abs/2010.09686). Both are moved out to the empirical mean where, on account of
-    the first part of the losses, they would shut it out.
+    The upper bound is the smallest mean that `betting` rejects in favour of a smaller one, the
+    lower bound the same for one minus the losses, each at half of the error (Waudby-Smith, Ramdas,
+    https://arxiv.org/abs/2010.09686). Both are moved out to the empirical mean where the
+    first part of the losses would exclude it.
 
     Args:
       losses: `[..., N]` in [0, 1], in an order that is independent of the losses.
-      confidence: in (0, 1), of both limits together.
+      confidence: in (0, 1), of both bounds together.
 
     Returns:
       `(low, high)`, `[...]` float64 each, within [0, 1].

@@ -217,7 +217,7 @@ def certify(
     risk holds with probability at least 1 - delta_risk for all candidates that its test certified,
     the bound on the cost with at least 1 - delta_cost, and so both together with at least
     1 - delta_risk - delta_cost. Of the candidates with both bounds, the result is the one of
-    smallest empirical risk, and of equals the cheapest.
+    smallest empirical risk, and among equals the cheapest.
 
     Args:
       candidates, scored, losses, trace, used: as `control_risk` takes them.

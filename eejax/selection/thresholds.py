@@ -93,7 +93,7 @@ class Search:
         _check_budget(self.cost, budget)
 
         def better(accuracy: np.ndarray, mean_cost: np.ndarray) -> Any:
-            # Highest accuracy among those within the budget; of equals the cheapest.
+            # Highest accuracy among those within the budget; among equals the cheapest.
             return np.lexsort((mean_cost, -accuracy, mean_cost > budget * _SLACK))[0]
 
         spread = self._geometric_within(budget)
@@ -109,7 +109,7 @@ class Search:
         target = self.correct[:, -1].mean() - drop
 
         def better(accuracy: np.ndarray, mean_cost: np.ndarray) -> Any:
-            # Cheapest among those that are accurate enough; of equals the most accurate.
+            # Cheapest among those that are accurate enough; among equals the most accurate.
             return np.lexsort((-accuracy, mean_cost, accuracy < target - 1e-9))[0]
 
         return self._improved(self._frontier, better)
@@ -218,10 +218,7 @@ class Search:
 def search(scores: np.ndarray, correct: np.ndarray, cost: np.ndarray) -> Search:
     """The search on a trace; what all targets share is computed once, when it is first needed.
 
-    Args:
-      scores: `[N, E]`.
-      correct: `[N, E]`, whether the answer at each exit is correct.
-      cost: `[E]`, increasing.
+    Arguments are those of `for_budget`.
 
     Raises:
       ValueError: if the arrays do not fit.
@@ -267,9 +264,7 @@ def for_drop(scores: np.ndarray, correct: np.ndarray, cost: np.ndarray, drop: fl
     """The cheapest thresholds that lose at most `drop` of accuracy against the last exit.
 
     Args:
-      scores: `[N, E]`.
-      correct: `[N, E]`, whether the answer at each exit is correct.
-      cost: `[E]`, increasing.
+      scores, correct, cost: as for `for_budget`.
       drop: as a fraction: 0.01 is one point of accuracy.
 
     Raises:
@@ -294,10 +289,7 @@ def geometric(
     because of ties is an error.
 
     Args:
-      scores: `[N, E]`.
-      correct: `[N, E]`, whether the answer at each exit is correct.
-      cost: `[E]`, increasing.
-      budget: in the unit of `cost`.
+      scores, correct, cost, budget: as for `for_budget`.
       tolerance: how far below the budget the mean cost may stay, as a fraction of it.
 
     Raises:
