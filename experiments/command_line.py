@@ -12,17 +12,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import cattrs
 import tyro
 from cattrs.preconf.json import make_converter
 
+from eejax.policies import POLICIES
 from experiments.data.splits import resolve
 from experiments.files import write_json
 from experiments.train.config import NetworkConfig
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    PolicyName = str
+else:
+    PolicyName = Literal[tuple(POLICIES)]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STORED = "config.json"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.cifar import cli
+from experiments.cifar import config as cifar_config
 from experiments.cifar.config import Config, check
 from experiments.command_line import CONFIGS, from_json, load_config, to_json
 from experiments.train.config import NetworkConfig
@@ -16,7 +16,7 @@ DIGITS = ["--data.name", "digits"]
 
 def refused(*argv: str) -> str:
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        cli.parse(argv)
+        cifar_config.parse(argv)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -24,10 +24,10 @@ def refused(*argv: str) -> str:
 
 def test_flags_override_the_data_sets_own_configuration(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    plain = cli.parse(DIGITS).run
-    changed = cli.parse([*DIGITS, "--train.epochs", "3"]).run
+    plain = cifar_config.parse(DIGITS).run
+    changed = cifar_config.parse([*DIGITS, "--train.epochs", "3"]).run
     assert plain == load_config(CONFIGS / "digits.py", Config)
-    automatic = cli.parse(["--data.no-download", "--data.cache", str(tmp_path)]).run
+    automatic = cifar_config.parse(["--data.no-download", "--data.cache", str(tmp_path)]).run
     assert automatic.data.name == "auto", "loading the images tells of the fall-back"
     assert automatic.network == plain.network
     assert changed.train.epochs == 3
@@ -41,7 +41,7 @@ def test_a_configuration_file_is_taken_and_overridden(tmp_path):
         "from experiments.data.config import DataConfig\n"
         "config = Config(seed=7, data=DataConfig(name='digits', calibrate=100, choose=200))\n"
     )
-    run = cli.parse(["--config", str(path), "--train.batch", "64"]).run
+    run = cifar_config.parse(["--config", str(path), "--train.batch", "64"]).run
     assert (run.seed, run.train.batch, run.data.name) == (7, 64, "digits")
 
 
@@ -99,14 +99,14 @@ def test_a_directory_that_holds_a_run_is_not_written_over(tmp_path):
 def test_resume_takes_the_runs_own_configuration_and_refuses_another(tmp_path):
     stored = Config(seed=3, network=NetworkConfig(width=8))
     (tmp_path / "config.json").write_text(json.dumps({"config": to_json(stored)}))
-    assert cli.parse(["--workdir", str(tmp_path), "--resume"]).run == stored
+    assert cifar_config.parse(["--workdir", str(tmp_path), "--resume"]).run == stored
     message = refused("--workdir", str(tmp_path), "--resume", "--train.epochs", "99")
     assert "train.epochs is 10, not 99" in message
 
 
 def test_resume_begins_a_run_where_there_is_none(tmp_path):
     for workdir in (tmp_path, tmp_path / "not there yet"):
-        arguments = cli.parse([*DIGITS, "--workdir", str(workdir), "--resume"])
+        arguments = cifar_config.parse([*DIGITS, "--workdir", str(workdir), "--resume"])
         assert arguments.run == load_config(CONFIGS / "digits.py", Config)
         assert not arguments.resume, "nothing to continue"
         assert arguments.workdir == workdir

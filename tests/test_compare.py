@@ -31,8 +31,7 @@ from eejax.selection import guarantees, thresholds
 from eejax.trace import fingerprints
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
-from experiments.compare.cli import parse
-from experiments.compare.config import Comparison
+from experiments.compare.config import Comparison, parse
 from experiments.compare.decide import Model
 from experiments.data import splits as data
 

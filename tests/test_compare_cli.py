@@ -15,7 +15,7 @@ from experiments.cifar.config import Config
 from experiments.command_line import load_config, to_json
 from experiments.compare import __main__ as compare
 from experiments.compare import cells as compare_cells
-from experiments.compare import cli as compare_cli
+from experiments.compare import config as compare_config
 from experiments.compare.config import Comparison, check
 from experiments.data import splits as data
 
@@ -25,7 +25,7 @@ OWN = load_config(COMPARISONS / "digits.py", Comparison)
 
 
 def parsed(*argv):
-    return compare_cli.parse([*DIGITS, *argv])
+    return compare_config.parse([*DIGITS, *argv])
 
 
 def refused(*argv: str) -> str:
@@ -63,7 +63,7 @@ def test_a_data_set_brings_its_configuration_and_flags_override_it():
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar100"])
 def test_a_data_set_without_its_own_file_takes_its_main_jobs(name, monkeypatch):
     resolving_to(monkeypatch, name)
-    arguments = compare_cli.parse(["--data.name", name])
+    arguments = compare_config.parse(["--data.name", name])
     job = load_config(command_line.CONFIGS / f"{name}.py", Config)
     assert arguments.workdir == Path(f"runs/compare-{name}")
     assert arguments.run.network == job.network
@@ -74,10 +74,10 @@ def test_a_data_set_without_its_own_file_takes_its_main_jobs(name, monkeypatch):
 
 def test_without_flags_it_is_cifar10_or_says_that_it_had_to_fall_back(monkeypatch):
     resolving_to(monkeypatch, "cifar10")
-    whole = compare_cli.parse([])
+    whole = compare_config.parse([])
     assert whole.run == load_config(COMPARISONS / "cifar10.py", Comparison)
     resolving_to(monkeypatch, "digits")
-    instead = compare_cli.parse([])
+    instead = compare_config.parse([])
     assert instead.workdir == Path("runs/compare-digits")
     # By this name, loading the images tells of the fall-back.
     automatic = dataclasses.replace(OWN.data, name="auto")
@@ -87,7 +87,7 @@ def test_without_flags_it_is_cifar10_or_says_that_it_had_to_fall_back(monkeypatc
 def test_what_was_trained_after_a_fall_back_is_found_by_the_data_sets_name(monkeypatch):
     """A directory's own configuration has the name of what was read."""
     resolving_to(monkeypatch, "digits")
-    automatic = compare_cli.parse([]).run
+    automatic = compare_config.parse([]).run
     assert automatic.data.name == "auto"
     fallen_back = dataclasses.replace(data.load(OWN.data, 0), notice="no CIFAR-10 here")
     monkeypatch.setattr(compare_cells, "dataset", lambda config: fallen_back)
@@ -104,7 +104,7 @@ def test_a_configuration_file_is_taken_and_overridden(tmp_path):
         "config = Comparison(seeds=(7,), policies=('max_prob', 'vote'),\n"
         "    data=DataConfig(name='digits', calibrate=100, choose=200, certify=300))\n"
     )
-    run = compare_cli.parse(["--config", str(path), "--train.batch", "64"]).run
+    run = compare_config.parse(["--config", str(path), "--train.batch", "64"]).run
     assert (run.seeds, run.policies, run.train.batch) == ((7,), ("max_prob", "vote"), 64)
     assert (run.data.calibrate, run.data.certify) == (100, 300)
     assert run.network == Comparison().network, "not the data set's"
@@ -121,8 +121,8 @@ def test_resume_takes_the_stored_configuration_and_flags_extend_it(tmp_path):
     )
     (tmp_path / "config.json").write_text(json.dumps({"config": to_json(stored)}))
     begun = ["--workdir", str(tmp_path), "--resume"]
-    assert compare_cli.parse(begun).run == stored
-    more = compare_cli.parse([*begun, "--seeds", "4", "5"])
+    assert compare_config.parse(begun).run == stored
+    more = compare_config.parse([*begun, "--seeds", "4", "5"])
     assert more.run == dataclasses.replace(stored, seeds=(4, 5))
     assert more.workdir == tmp_path
 

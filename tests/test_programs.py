@@ -24,7 +24,7 @@ from eejax import (
     stream,
 )
 from eejax.inference import dispatch, streaming
-from eejax.inference.packing import Buffer
+from eejax.inference.compaction import Buffer
 from eejax.inference.step import Samples, bind_exits
 
 EXITS = 4

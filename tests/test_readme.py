@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cifar import cli
+from experiments.cifar import config as cifar_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,10 +37,10 @@ def test_every_command_line_is_understood(tmp_path, monkeypatch):
         argv = shlex.split(command)
         if "--help" in argv:
             with pytest.raises(SystemExit) as stop:
-                cli.parse(argv)
+                cifar_config.parse(argv)
             assert stop.value.code == 0
         else:
-            cli.parse([*argv, "--data.name", "digits", "--data.calibrate", "9"])
+            cifar_config.parse([*argv, "--data.name", "digits", "--data.calibrate", "9"])
 
 
 def test_every_module_it_runs_is_there():

@@ -8,10 +8,10 @@ import pytest
 from eejax.models import FAMILIES
 from experiments import models
 from experiments.cifar import __main__ as cifar
-from experiments.cifar import cli
+from experiments.cifar import config as cifar_config
 from experiments.cifar.config import Config, check
 from experiments.command_line import CONFIGS
-from experiments.compare import cli as compare_cli
+from experiments.compare import config as compare_config
 from experiments.train.config import NetworkConfig, build_network, narrowed
 
 DOCS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
@@ -34,11 +34,11 @@ def test_a_family_takes_what_is_given_and_has_its_own_defaults():
 
 def test_numbers_that_are_whole_are_block_numbers(monkeypatch, tmp_path):
     flags = ["--data.name", "digits", "--network.name", "resnet", "--network.depth", "20"]
-    run = cli.parse([*flags, "--network.exits", "2", "4", "--network.width", "8"]).run
+    run = cifar_config.parse([*flags, "--network.exits", "2", "4", "--network.width", "8"]).run
     assert run.network.exits == (2, 4)
     assert [type(e) for e in run.network.exits or ()] == [int, int]
     assert run.network.width == 8
-    run = cli.parse([*flags, "--network.exits", "0.25", "0.5"]).run
+    run = cifar_config.parse([*flags, "--network.exits", "0.25", "0.5"]).run
     assert run.network.exits == (0.25, 0.5)
     assert run.network.num_exits == 3
     assert run.network.words == "resnet, depth 20, exits 0.25 0.5, float32"
@@ -73,14 +73,14 @@ def test_another_family_begins_with_its_own_depth_width_and_exits():
     own = NetworkConfig()
     for argv in (["--data.name", "digits"], ["--config", str(CONFIGS / "digits.py")]):
         for name in FAMILIES:
-            run = cli.parse([*argv, "--network.name", name]).run
+            run = cifar_config.parse([*argv, "--network.name", name]).run
             found = (run.network.depth, run.network.width, run.network.exits)
             if name == "fast":  # what the configuration of the digits is about
                 assert found == (None, 16, (1, 2, 3))
             else:
                 assert found == (own.depth, own.width, own.exits) == (None, None, None)
                 assert run.train.exit_weights == ()
-    run = compare_cli.parse(["--data.name", "digits", "--network.name", "vit"]).run
+    run = compare_config.parse(["--data.name", "digits", "--network.name", "vit"]).run
     assert run.network.width is None
 
 

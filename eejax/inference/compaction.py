@@ -1,8 +1,19 @@
-"""Per-sample exit in one program: `compact` runs stage by stage, and `loop` compiles equal stages
-once. `packing` has the algorithm for one stage."""
+"""Per-sample exit by packing: samples that do not leave move together, and only they are computed.
+
+A stage works through its active samples, which are packed at the front of a buffer, a tile at a
+time. After the exit step the survivors of the tile are appended to the next stage's buffer, with
+their memory, the policy's state and their position in the batch; the outputs of the others are
+appended to the outputs. Large tiles come first and smaller ones take the rest, so that little is
+padding. Only survivors move.
+
+`run_stage` is that algorithm for one stage inside a program, and `run_tile` for one tile. `compact`
+runs all stages in one program, and `loop` compiles equal stages once; `dispatch` drives tiles from
+the host, and `streaming` keeps the buffers from one batch to the next.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,11 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from eejax.inference import packing
-from eejax.inference.packing import Buffer, Targets
 from eejax.inference.step import (
     Exit,
     Prediction,
+    Samples,
     bind_exits,
     exit_step,
     exit_variables,
@@ -24,6 +34,178 @@ from eejax.inference.step import (
 )
 from eejax.network import EarlyExitNetwork, PyTree, Variables
 from eejax.policies.base import Policy
+
+
+class Buffer(NamedTuple):
+    """Rows packed at the front of a pytree of arrays.
+
+    Attributes:
+      rows: leaves `[R, ...]`, of which the first `count` rows are valid. `Samples` in a stage's
+        buffer, `Outputs` in the buffer of results, None where nothing is kept.
+      count: int32.
+    """
+
+    rows: Any
+    count: Array
+
+
+class Outputs(NamedTuple):
+    """Results of samples that left, in the order of leaving.
+
+    Attributes:
+      logits: `[M, C]`.
+      exits: `[M]` int32.
+      indices: `[M]` int32, position in the batch.
+    """
+
+    logits: Array
+    exits: Array
+    indices: Array
+
+
+class Targets(NamedTuple):
+    """The two buffers that a stage writes.
+
+    Attributes:
+      survivors: `Samples` for the next stage; its rows are None after the last stage.
+      outputs: `Outputs`.
+    """
+
+    survivors: Buffer
+    outputs: Buffer
+
+
+def run_stage(
+    exit: Exit, active: Buffer, targets: Targets, tiles: Sequence[int], flush: Any = True
+) -> tuple[Array, Targets]:
+    """Runs one exit for its active samples, tile by tile.
+
+    Args:
+      exit: the exit.
+      active: its `Samples`. If `active.rows is targets.survivors.rows` the survivors overwrite the
+        samples that were read, which is possible since there are never more of them.
+      targets: buffers with room for one tile more than is appended.
+      tiles: sizes that pass `check_tiles`.
+      flush: whether the rest that fills no large tile is run too, in smaller tiles; bool, may be
+        traced.
+
+    Returns:
+      The number of active samples that were run, all of them if `flush`; and the targets.
+    """
+    in_place = targets.survivors.rows is active.rows
+    num_active = active.count
+    start = jnp.int32(0)
+    for size in tiles:
+
+        def more(carry: tuple[Array, Targets], size: int = size) -> Array:
+            left = num_active - carry[0]
+            go = left >= size if size == tiles[0] else (left >= size) & flush
+            return go | ((left > 0) & flush) if size == tiles[-1] else go
+
+        def step(carry: tuple[Array, Targets], size: int = size) -> tuple[Array, Targets]:
+            start, targets = carry
+            rows = targets.survivors.rows if in_place else active.rows
+            return start + size, run_tile(exit, Buffer(rows, num_active), start, targets, size)
+
+        start, targets = lax.while_loop(more, step, (start, targets))
+    return jnp.minimum(start, num_active), targets
+
+
+def run_tile(exit: Exit, active: Buffer, start: Array, targets: Targets, size: int) -> Targets:
+    """Runs one exit for active samples `start` to `start + size`, and appends to the targets."""
+    tile = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), active.rows)
+    if size == len(active.rows.indices):
+        # A slice as long as the buffer folds away, whatever its start, and XLA moves the whole
+        # stage out of the loop, where it always runs. So the tile itself, not the start alone, must
+        # depend on the loop.
+        tile, start = lax.optimization_barrier((tile, start))
+    samples, logits, leaves = exit_step(exit, tile)
+    valid = jnp.arange(size) < active.count - start
+    results = Outputs(logits, jnp.full(size, exit.index, jnp.int32), tile.indices)
+    outputs = _append(targets.outputs, results, valid & leaves)
+    if targets.survivors.rows is None:
+        return Targets(targets.survivors, outputs)
+    return Targets(_append(targets.survivors, samples, valid & ~leaves), outputs)
+
+
+def _append(buffer: Buffer, rows: PyTree, keep: Array) -> Buffer:
+    """Appends the rows of a tile where `keep`, `[T]` bool, in their order.
+
+    The whole tile is written, kept rows first; later rows overwrite what lies behind them.
+    """
+    order = jnp.argsort(~keep, stable=True)
+
+    def write(x: Array, tile: Array) -> Array:
+        packed = tile.at[order].get(mode="promise_in_bounds")
+        return lax.dynamic_update_slice_in_dim(x, packed, buffer.count, 0)
+
+    return Buffer(jax.tree.map(write, buffer.rows, rows), buffer.count + keep.sum(dtype=jnp.int32))
+
+
+def empty_buffer(rows: PyTree, size: int) -> Buffer:
+    """A buffer for `size` rows with the shapes and dtypes of `rows`."""
+    zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), rows)
+    return Buffer(zeros, jnp.int32(0))
+
+
+def empty_survivors(exit: Exit, samples: Samples, size: int) -> Buffer:
+    """A buffer for the survivors of an exit, with shapes like `samples`; no rows for the last."""
+    return Buffer(None, jnp.int32(0)) if exit.is_last else empty_buffer(samples, size)
+
+
+def empty_outputs(logits: Any, size: int) -> Buffer:
+    """A buffer for `size` results with logits like these, `[B, C]`."""
+    number: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return empty_buffer(Outputs(logits, number, number), size)
+
+
+# What a tile's features may take on a CPU; twice that no longer stays in the cache.
+TILE_BYTES = 2 << 20
+
+
+def check_tiles(tiles: Sequence[int] | None) -> None:
+    """Raises ValueError unless sizes decrease and each divides the one before it; None passes."""
+    if tiles is None:
+        return
+    if not tiles or tiles[-1] < 1 or any(a <= b or a % b for a, b in itertools.pairwise(tiles)):
+        raise ValueError(
+            f"tiles {tuple(tiles)}; give falling sizes, each a divisor of the one before."
+        )
+
+
+def choose_tiles(tiles: tuple[int, ...] | None, exit: Exit, images: Any) -> tuple[int, ...]:
+    """The given tiles, or by default those of `default_tiles`.
+
+    Args:
+      tiles: or None.
+      exit: the first.
+      images: `[B, ...]`, or their shape and dtype.
+    """
+    if tiles is not None:
+        return tiles
+    features = jax.eval_shape(
+        lambda images: exit.stage.apply(exit.variables[0], images, train=False)[0], images
+    )
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(features))
+    return default_tiles(images.shape[0], num_bytes // images.shape[0])
+
+
+def default_tiles(batch: int, sample_bytes: int) -> tuple[int, ...]:
+    """Tiles for a batch, each a quarter of the one before, in powers of two.
+
+    On a CPU at most 64, and fewer where features are large, so that a tile stays in the cache; the
+    smallest is 4 or more, which leaves little padding. Elsewhere a quarter of the batch and a
+    sixteenth, since an accelerator needs large tiles. docs/lab/tried.md has the measurements.
+
+    Args:
+      batch: B.
+      sample_bytes: of one sample's features after the first stage.
+    """
+    cpu = jax.default_backend() == "cpu"
+    largest = min(batch, 64, max(TILE_BYTES // sample_bytes, 16)) if cpu else batch // 4
+    largest = 1 << max(largest.bit_length() - 1, 0)
+    sizes = (largest, largest // 4, largest // 16) if cpu else (largest, largest // 4)
+    return tuple(size for i, size in enumerate(sizes) if size >= (4 if i == 2 else 1))
 
 
 class Stacked(NamedTuple):
@@ -140,15 +322,15 @@ def _run(
         several, and the number of stages.
       images, count, tiles: as for `compact`.
     """
-    packing.check_tiles(tiles)
+    check_tiles(tiles)
     batch, (first, _) = images.shape[0], exits[0]
-    tiles = packing.choose_tiles(tiles, first, images)
+    tiles = choose_tiles(tiles, first, images)
     padded = -(-batch // tiles[-1]) * tiles[-1]
     tiles = tuple(size for size in tiles if size <= padded)
     indices = jnp.arange(padded, dtype=jnp.int32)
     samples = first_samples(first.policy, pad_batch(images, padded), indices)
     active = Buffer(samples, jnp.asarray(batch if count is None else count, jnp.int32))
-    outputs = packing.empty_outputs(output_shapes(first, samples)[1], padded + tiles[0])
+    outputs = empty_outputs(output_shapes(first, samples)[1], padded + tiles[0])
     for exit, length in exits:
         if length > 1:
             active, outputs = _run_depth(exit, length, active, outputs, tiles)
@@ -158,8 +340,8 @@ def _run(
             # In place: fresh memory costs more than a small stage.
             survivors = Buffer(active.rows, jnp.int32(0))
         else:
-            survivors = packing.empty_survivors(exit, after, padded)
-        _, (active, outputs) = packing.run_stage(exit, active, Targets(survivors, outputs), tiles)
+            survivors = empty_survivors(exit, after, padded)
+        _, (active, outputs) = run_stage(exit, active, Targets(survivors, outputs), tiles)
     results = outputs.rows
     # Rows without a result are sent beyond the end, where a scatter drops them.
     indices = jnp.where(jnp.arange(len(results.indices)) < outputs.count, results.indices, batch)
@@ -196,7 +378,7 @@ def _run_depth(
         e, active, outputs = carry
         targets = Targets(Buffer(active.rows, jnp.int32(0)), outputs)
         # Variables are sliced once a depth, not once a tile.
-        _, (active, outputs) = packing.run_stage(at(e), active, targets, tiles)
+        _, (active, outputs) = run_stage(at(e), active, targets, tiles)
         return e + 1, active, outputs
 
     return lax.while_loop(more, deeper, (jnp.int32(start), active, outputs))[1:]

@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from eejax.compiling import bound
-from eejax.inference import packing
-from eejax.inference.packing import Buffer, Targets
+from eejax.inference import compaction
+from eejax.inference.compaction import Buffer, Targets
 from eejax.inference.step import (
     Exit,
     Prediction,
@@ -65,7 +65,7 @@ def host(
     Raises:
       ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
-    packing.check_tiles(tiles)
+    compaction.check_tiles(tiles)
     devices = [jax.devices()[0]] if devices is None else list(devices)
     exits = bind_exits(network, policy, variables, jnp.zeros(network.num_exits - 1))
     programs = {
@@ -76,7 +76,7 @@ def host(
     @functools.cache
     def tiles_for(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
         images = jax.ShapeDtypeStruct((max_batch, *shape), dtype)
-        return packing.choose_tiles(tiles, exits[0], images)
+        return compaction.choose_tiles(tiles, exits[0], images)
 
     integer = functools.cache(lambda value, device: jax.device_put(np.int32(value), device))
 
@@ -142,13 +142,13 @@ def _programs(
         variables: Any, targets: Targets, active: Buffer, start: Array, thresholds: Array
     ) -> Targets:
         here = exit._replace(variables=variables, thresholds=thresholds)
-        return packing.run_tile(here, active, start, targets, size)
+        return compaction.run_tile(here, active, start, targets, size)
 
     def begin(variables: Any, samples: Samples) -> Targets:
         after, logits = output_shapes(exit._replace(variables=variables), samples)
         rows = len(samples.indices)
-        survivors = packing.empty_survivors(exit, after, rows)
-        return Targets(survivors, packing.empty_outputs(logits, rows + size))
+        survivors = compaction.empty_survivors(exit, after, rows)
+        return Targets(survivors, compaction.empty_outputs(logits, rows + size))
 
     variables = jax.device_put(exit.variables, device)
     return bound(step, variables, donate_argnums=(1,)), bound(begin, variables)

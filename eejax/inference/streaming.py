@@ -1,7 +1,7 @@
 """A dataset, or an endless iterator, with full tiles in every stage.
 
 Few samples reach the deep stages, so one batch's survivors leave most of a tile empty there.
-`stream` keeps them until survivors of the next batch arrive: the buffers of `packing` stay on the
+`stream` keeps them until survivors of the next batch arrive: the buffers of `compaction` stay on the
 device from one call to the next, and a stage takes full tiles only. Predictions are yielded in the
 order of the images, and the number of images under way is bounded: when the oldest image would wait
 for longer than the window allows, everything is flushed, in smaller tiles.
@@ -21,8 +21,8 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from eejax.compiling import bound
-from eejax.inference import packing
-from eejax.inference.packing import Buffer, Targets
+from eejax.inference import compaction
+from eejax.inference.compaction import Buffer, Targets
 from eejax.inference.step import (
     Exit,
     Prediction,
@@ -72,7 +72,7 @@ def stream(
     """
     devices = 1 if mesh is None else mesh.shape[axis]
     share, rest = divmod(chunk, devices)
-    packing.check_tiles(tiles)
+    compaction.check_tiles(tiles)
     if rest or share < 1 or (share % tiles[0] if tiles else share & (share - 1)):
         sizes = f"a multiple of {tiles[0] * devices}" if tiles else "a power of two on each"
         raise ValueError(f"chunk is {chunk}, for {devices} device(s); give {sizes}.")
@@ -171,16 +171,16 @@ def _feed(
     Returns:
       The queues for the next chunk, and the outputs.
     """
-    tiles = packing.choose_tiles(tiles, exits[0], chunk.rows.features)
+    tiles = compaction.choose_tiles(tiles, exits[0], chunk.rows.features)
     _, logits = output_shapes(exits[0], chunk.rows)
     size = len(chunk.rows.indices) + len(exits) * tiles[0]
-    outputs, left = packing.empty_outputs(logits, size), []
+    outputs, left = compaction.empty_outputs(logits, size), []
     active, *queues = (Buffer(rows, count[0]) for rows, count in (chunk, *queues))
     for exit, queue in zip(exits, (*queues, Buffer(None, jnp.int32(0))), strict=True):
         # The first stage leaves nothing: chunks are multiples of a tile, but for the last one,
         # which is flushed.
         targets = Targets(queue, outputs)
-        num_run, (survivors, outputs) = packing.run_stage(exit, active, targets, tiles, flush)
+        num_run, (survivors, outputs) = compaction.run_stage(exit, active, targets, tiles, flush)
         left.append(_without_first(active, num_run, tiles[0]))
         active = survivors
     return left[1:], outputs._replace(count=outputs.count[None])
@@ -205,10 +205,10 @@ def _empty_queues(
     it, less than a tile for each; and a tile is written whole.
     """
     chunk, queues = len(samples.indices), []
-    tiles = packing.choose_tiles(tiles, exits[0], samples.features)
+    tiles = compaction.choose_tiles(tiles, exits[0], samples.features)
     for e, exit in enumerate(exits[:-1]):
         samples, _ = output_shapes(exit, samples)
-        queue = packing.empty_buffer(samples, chunk + (e + 2) * tiles[0])
+        queue = compaction.empty_buffer(samples, chunk + (e + 2) * tiles[0])
         queues.append(queue._replace(count=queue.count[None]))
     return queues
 

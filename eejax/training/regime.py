@@ -102,29 +102,6 @@ class Regime(NamedTuple):
     trains_gate: bool
 
 
-def all_at_once(
-    losses: Callable[[ExitOutput, Array, RegimeOptions], Array],
-) -> Callable[[RegimeOptions], tuple[Phase, ...]]:
-    """The `phases` of a regime that trains the whole network in one phase.
-
-    Args:
-      losses: `losses(outputs, targets, options) -> [B]`, the loss of each sample, from the outputs
-        of all exits (logits `[E, B, C]`, gates `[E, B]`) and targets `[B, C]`. The mean over the
-        batch is minimised.
-    """
-
-    def phases(options: RegimeOptions) -> tuple[Phase, ...]:
-        def loss(
-            network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
-        ) -> tuple[Array, LossAux]:
-            outputs, batch_stats = network.apply_all(variables, batch.images, train=True, key=key)
-            return losses(outputs, batch.targets, options).mean(), LossAux(batch_stats, outputs)
-
-        return (Phase(1.0, loss),)
-
-    return phases
-
-
 def phase_starts(phases: Sequence[Phase], steps: int) -> tuple[int, ...]:
     """The first step of each phase, then `steps`; shares are rounded to whole steps.
 

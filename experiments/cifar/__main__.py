@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from eejax.checkpoint import CheckpointError
 from experiments.cifar import job
-from experiments.cifar.cli import parse
+from experiments.cifar.config import parse
 from experiments.command_line import execute
 
 

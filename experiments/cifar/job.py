@@ -10,22 +10,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 
-from eejax import bundle, cost
+from eejax import benchmark, bundle, cost
 from eejax.evaluation import metrics
 from eejax.evaluation.routing import Routed
-from eejax.network import EarlyExitNetwork
-from eejax.policies import POLICIES
+from eejax.inference.compaction import compact
+from eejax.inference.executors import cond
+from eejax.inference.predictors import predictor
+from eejax.network import EarlyExitNetwork, Variables
+from eejax.policies import POLICIES, Policy
 from eejax.trace import collect
 from eejax.training import REGIMES
-from experiments.cifar.cli import Arguments
-from experiments.cifar.config import Config
+from experiments.cifar.config import Arguments, Config, InferenceConfig
 from experiments.command_line import read_run, write_run
 from experiments.data import splits as data
-from experiments.evaluate import timing
 from experiments.evaluate.decide import Targets, Traces, View, decide, exit_rows, outcome, view
 from experiments.report import report, table
 from experiments.report.environment import describe
@@ -153,7 +155,7 @@ def run(prepared: Prepared) -> dict[str, Any]:
         bundle.save(whole, workdir / bundle.SUBDIRECTORY)
         with console.status("timing compiled inference"):
             images = dataset.test.images
-            inference = timing.inference_rows(
+            inference = _inference_rows(
                 network, variables, policy, thresholds, images, config.inference
             )
         inference = [{"policy": chosen.view.name, **row} for row in inference]
@@ -258,6 +260,44 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     """Cost and accuracy of a row, by their names in report.json."""
     names = {"mean_macs": "macs", "mean_fraction": "cost", "accuracy": "accuracy"}
     return {name: row.get(column) for name, column in names.items()}
+
+
+def _inference_rows(
+    network: EarlyExitNetwork,
+    variables: Variables,
+    policy: Policy,
+    thresholds: np.ndarray,
+    images: np.ndarray,
+    config: InferenceConfig,
+) -> list[dict[str, Any]]:
+    """A row for `cond` on single images, and one for `compact` on batches.
+
+    A row has the columns of `benchmark_rows`, and `stage_ms` `[E]`.
+
+    Args:
+      network, variables, policy, thresholds: as for `eejax.predictor`.
+      images: `[N, ...]` on the host, at least one.
+      config: batch of `compact`, at most N, and timed passes.
+    """
+    rows = []
+    for strategy, executor, batch, batches in (
+        ("cond", cond, 1, 50),
+        ("compact", compact, min(config.batch, len(images)), 4),
+    ):
+        batches = min(batches, len(images) // batch)
+        pieces = [images[i * batch : (i + 1) * batch] for i in range(batches)]
+        largest = max(256, 1 << (batch - 1).bit_length())
+        predict = predictor(network, policy, variables, executor, max_batch=largest)
+        stages = benchmark.stage_seconds(
+            network, variables, jnp.asarray(pieces[0]), max(config.repeats, 10)
+        )
+        entries = [
+            benchmark.plain_entry(benchmark.plain_programs(network, variables), pieces),
+            benchmark.predictor_entry(strategy, predict, jnp.asarray(thresholds), pieces, stages),
+        ]
+        row = benchmark.benchmark_rows(entries, batch, config.repeats)[1]
+        rows.append({**row, "stage_ms": (1e3 * stages).tolist()})
+    return rows
 
 
 def _policy(row: Mapping[str, Any]) -> dict[str, Any]:

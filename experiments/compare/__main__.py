@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from experiments.command_line import execute
 from experiments.compare import job
-from experiments.compare.cli import parse
+from experiments.compare.config import parse
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,8 +21,7 @@ from experiments.compare import decide as compare_decide
 from experiments.compare import report as compare_report
 from experiments.compare import timing as compare_timing
 from experiments.compare.cells import PLAIN, Cell
-from experiments.compare.cli import Arguments
-from experiments.compare.config import Comparison
+from experiments.compare.config import Arguments, Comparison
 from experiments.compare.decide import CASCADE, Choice, Model
 from experiments.compare.differences import correct_at_last
 from experiments.compare.results import assemble

@@ -18,7 +18,7 @@ from eejax.evaluation.routing import Routed, Scored, route, score
 from eejax.policies import Policy
 from eejax.selection import thresholds
 from eejax.selection.placement import keep_trace
-from eejax.selection.thresholds import Choice
+from eejax.selection.thresholds import Choice, Search
 from eejax.trace import Trace
 from experiments.report.table import accuracy_columns, target_columns
 
@@ -143,7 +143,11 @@ def decide(
     """
     low = min(v.cost[0] for v in views)
     curve = np.linspace(low, highest, targets.curve).tolist()
-    budgets = [_budgets(v, [*targets.budgets, *curve], v.cost) for v in views]
+    searches = [thresholds.search(v.choose.scores, v.correct, v.cost) for v in views]
+    budgets = [
+        [_tried(search.for_budget, value) for value in (*targets.budgets, *curve)]
+        for search in searches
+    ]
     count = len(targets.budgets)
 
     def best(
@@ -157,45 +161,33 @@ def decide(
 
     decisions = best("budget", targets.budgets, [c[:count] for c in budgets])
     if len(views[0].ms):
-        times = [_budgets(v, targets.budgets_ms, v.ms) for v in views]
+        in_ms = [thresholds.search(v.choose.scores, v.correct, v.ms) for v in views]
+        times = [[_tried(s.for_budget, value) for value in targets.budgets_ms] for s in in_ms]
         decisions += best("ms", targets.budgets_ms, times, batch=targets.batch)
     if len(views) == 1:
-        decisions += _others(views[0], targets)
+        decisions += _others(views[0], searches[0], targets)
     return decisions, best("curve", curve, [c[count:] for c in budgets])
 
 
-def _others(one: View, targets: Targets) -> list[Decision]:
+def _others(one: View, search: Search, targets: Targets) -> list[Decision]:
     """The geometric search, drops in accuracy, and given thresholds."""
-    data = one.choose.scores, one.correct, one.cost
     decisions = []
     for value in targets.budgets if targets.geometric else ():
-        choice = _tried(thresholds.geometric, *data, value)
+        choice = _tried(search.geometric, value)
         decisions.append(_best({"kind": "budget", "value": value}, "geometric", [one], [choice]))
     for value in targets.drops:
-        choice = _tried(thresholds.for_drop, *data, value)
+        choice = _tried(search.for_drop, value)
         decisions.append(_best({"kind": "drop", "value": value}, "optimal", [one], [choice]))
     if targets.given:
         given = np.asarray(targets.given, np.float32)
-        choice = thresholds.evaluate(*data, given)
+        choice = thresholds.evaluate(one.choose.scores, one.correct, one.cost, given)
         decisions.append(Decision({"kind": "given"}, "given", one, given, choice))
     return decisions
 
 
-def _budgets(one: View, budgets: Sequence[float], cost: np.ndarray) -> list[Choice | str]:
-    """A choice for each budget, or why there is none; the larger part of the search is shared."""
-    data = one.choose.scores, one.correct, cost
-    # The slack of the search itself.
-    able = [budget for budget in budgets if budget * (1 + 1e-9) >= cost[0]]
-    choices = iter(thresholds.for_budgets(*data, able))
-    return [
-        next(choices) if budget in able else _tried(thresholds.for_budget, *data, budget)
-        for budget in budgets
-    ]
-
-
-def _tried(search: Callable[..., Choice], *data: Any) -> Choice | str:
+def _tried(choose: Callable[[float], Choice], target: float) -> Choice | str:
     try:
-        return search(*data)
+        return choose(target)
     except ValueError as error:
         return str(error)
 

@@ -11,7 +11,7 @@ from typing import Literal
 from eejax.policies import POLICIES
 from experiments import command_line
 from experiments.checks import require, require_all
-from experiments.evaluate.config import PolicyName
+from experiments.command_line import PolicyName
 from experiments.latency.distributions import NAMED
 from experiments.latency.strategies import split_strategy
 from experiments.train.config import FamilyName, NetworkConfig, TrainConfig, check

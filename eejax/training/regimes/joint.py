@@ -12,19 +12,44 @@ neural networks?*, Cognitive Computation 12, 2020, https://arxiv.org/abs/2004.12
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from eejax.network import ExitOutput
-from eejax.training.regime import Regime, RegimeOptions, all_at_once
+from eejax.network import EarlyExitNetwork, ExitOutput, Variables
+from eejax.training.regime import Batch, LossAux, Phase, Regime, RegimeOptions
 
 
 def cross_entropies(logits: Array, targets: Array) -> Array:
     """The cross-entropy of each exit, `[E, B]`, from logits `[E, B, C]` and targets `[B, C]`."""
     chex.assert_rank([logits, targets], [3, 2])
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets[None])
+
+
+def all_at_once(
+    losses: Callable[[ExitOutput, Array, RegimeOptions], Array],
+) -> Callable[[RegimeOptions], tuple[Phase, ...]]:
+    """The `phases` of a regime that trains the whole network in one phase.
+
+    Args:
+      losses: `losses(outputs, targets, options) -> [B]`, the loss of each sample, from the outputs
+        of all exits (logits `[E, B, C]`, gates `[E, B]`) and targets `[B, C]`. The mean over the
+        batch is minimised.
+    """
+
+    def phases(options: RegimeOptions) -> tuple[Phase, ...]:
+        def loss(
+            network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
+        ) -> tuple[Array, LossAux]:
+            outputs, batch_stats = network.apply_all(variables, batch.images, train=True, key=key)
+            return losses(outputs, batch.targets, options).mean(), LossAux(batch_stats, outputs)
+
+        return (Phase(1.0, loss),)
+
+    return phases
 
 
 def losses(outputs: ExitOutput, targets: Array, options: RegimeOptions) -> Array:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from jax import Array
 
 from eejax.network import ExitOutput
-from eejax.training.regime import Regime, RegimeOptions, all_at_once
+from eejax.training.regime import Regime, RegimeOptions
 from eejax.training.regimes import joint
+from eejax.training.regimes.joint import all_at_once
 from eejax.training.regimes.soft_literal import mixed_cross_entropy, with_cost
 
 

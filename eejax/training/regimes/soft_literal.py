@@ -14,7 +14,8 @@ from jax import Array
 
 from eejax import gates
 from eejax.network import ExitOutput
-from eejax.training.regime import Regime, RegimeOptions, all_at_once
+from eejax.training.regime import Regime, RegimeOptions
+from eejax.training.regimes.joint import all_at_once
 
 
 def mixed_cross_entropy(outputs: ExitOutput, targets: Array) -> Array:

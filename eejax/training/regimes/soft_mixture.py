@@ -14,8 +14,8 @@ from jax import Array
 
 from eejax import gates
 from eejax.network import ExitOutput
-from eejax.training.regime import Regime, RegimeOptions, all_at_once
-from eejax.training.regimes.joint import cross_entropies
+from eejax.training.regime import Regime, RegimeOptions
+from eejax.training.regimes.joint import all_at_once, cross_entropies
 from eejax.training.regimes.soft_literal import with_cost
 
 
