@@ -9,6 +9,7 @@ import pytest
 from experiments.cifar import config as cifar_config
 from experiments.cifar.config import Config, check
 from experiments.command_line import CONFIGS, from_json, load_config, to_json
+from experiments.data.config import DataConfig
 from experiments.train.config import NetworkConfig
 
 DIGITS = ["--data.name", "digits"]
@@ -97,7 +98,7 @@ def test_a_directory_that_holds_a_run_is_not_written_over(tmp_path):
 
 
 def test_resume_takes_the_runs_own_configuration_and_refuses_another(tmp_path):
-    stored = Config(seed=3, network=NetworkConfig(width=8))
+    stored = Config(seed=3, data=DataConfig(name="digits"), network=NetworkConfig(width=8))
     (tmp_path / "config.json").write_text(json.dumps({"config": to_json(stored)}))
     assert cifar_config.parse(["--workdir", str(tmp_path), "--resume"]).run == stored
     message = refused("--workdir", str(tmp_path), "--resume", "--train.epochs", "99")
