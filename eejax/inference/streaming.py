@@ -1,10 +1,10 @@
 """A dataset, or an endless iterator, with full tiles in every stage.
 
 Few samples reach the deep stages, so one batch's survivors leave most of a tile empty there.
-`stream` keeps them until survivors of the next batch arrive: the buffers of `compaction` stay on the
-device from one call to the next, and a stage takes full tiles only. Predictions are yielded in the
-order of the images, and the number of images under way is bounded: when the oldest image would wait
-for longer than the window allows, everything is flushed, in smaller tiles.
+`stream` keeps them until survivors of the next batch arrive: the buffers of `compaction` stay on
+the device from one call to the next, and a stage takes full tiles only. Predictions are yielded in
+the order of the images, and the number of images under way is bounded: when the oldest image would
+wait for longer than the window allows, everything is flushed, in smaller tiles.
 """
 
 from __future__ import annotations
