@@ -16,6 +16,7 @@ from eejax.compiling import compiler_options
 from eejax.models.heads import Head
 from eejax.models.layers import Norm
 from eejax.training import REGIMES, Batch, LossAux, Phase, RegimeOptions, cross_entropies
+from eejax.training.regimes.distilled import temperature
 
 CLASSES, BATCH, STEPS, SMOOTHING = 3, 16, 10, 0.1
 KEY = jax.random.key(5)
@@ -89,22 +90,26 @@ def test_a_regime_names_its_paper_runs_and_trains_the_gate_as_it_says(name):
     assert "https://" in (module.__doc__ or "")
     phases = REGIMES[name].phases(OPTIONS)
     # Without decay and momentum, what has no gradient keeps its bits.
-    state, metrics = take(make_steps(phases, tx=lambda count: optax.sgd(0.1)), 0, 3)
+    state, metrics = take(make_steps(phases, tx=lambda count: optax.sgd(0.1)), 0, STEPS)
     assert int(metrics.first_bad) == -1
     moved = changed(START[NETWORK].params["heads"], state.params["heads"])
     gate = {path: m for path, m in moved.items() if "gate" in path and not path.startswith("[2]")}
     assert gate
     assert set(gate.values()) == {REGIMES[name].trains_gate}
     assert all(m for path, m in moved.items() if "gate" not in path)
+    assert all(changed(START[NETWORK].params["stages"], state.params["stages"]).values())
     assert all(changed(START[NETWORK].batch_stats, state.batch_stats).values())
 
 
 def formula(name, logits, gate, targets):
     """The losses `[B]`, written down once more."""
     weights, cost_weight, cost = OPTIONS
-    joint = (weights[:, None] * cross_entropies(logits, targets)).sum(0)
+    each = weights[:, None] * cross_entropies(logits, targets)
+    joint = each.sum(0)
     if name == "joint":
         return joint
+    if name in ("distilled", "self_distilled"):
+        return distilled(name, logits, each)
     pi = jnp.exp(gates.log_exit_distribution(gate))
     literal = -(targets * gates.mixed_log_probabilities(logits, gate)).sum(-1)
     value = {
@@ -147,14 +152,32 @@ def assert_close(a, b):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", REGIMES)
+def distilled(name, logits, each):
+    """Both distillations, from the weighted cross-entropies `[E, B]`; teacher without gradient."""
+    teacher = lax.stop_gradient(logits[-1:])
+    weights = OPTIONS.exit_weights[:-1, None]
+    if name == "self_distilled":
+        student, target = jax.nn.log_softmax(logits[:-1] / 3), jax.nn.softmax(teacher / 3)
+        divergence = (target * (jnp.log(target) - student)).sum(-1)
+        return each[-1] + 0.9 * each[:-1].sum(0) + 0.1 * 9 * (weights * divergence).sum(0)
+    t = temperature(teacher[0])
+    student, target = jax.nn.log_softmax(logits[:-1] / t), jax.nn.softmax(teacher / t)
+    soft = -(target * student).sum(-1)
+    return 0.5 * each.sum(0) + 0.5 * t**2 * (weights * soft).sum(0)
+
+
+OF_OUTPUTS = ("joint", "distilled", "self_distilled", *(n for n in REGIMES if "soft" in n))
+
+
+@pytest.mark.parametrize("name", OF_OUTPUTS)
 def test_ten_steps_are_those_of_the_formula(name):
     state, _ = take(make_steps(REGIMES[name].phases(OPTIONS)), 0, STEPS)
     expected = by_hand(NETWORK, lambda *outputs: formula(name, *outputs), STEPS)
     assert_close((state.params, state.batch_stats), (expected.params, expected.batch_stats))
 
 
-@pytest.mark.parametrize("name", ["joint", "soft_literal", "soft_mixture"])
+# With one exit, soft_auxiliary counts its cross-entropy twice.
+@pytest.mark.parametrize("name", [n for n in REGIMES if n != "soft_auxiliary"])
 def test_one_exit_is_ordinary_training(name):
     phases = REGIMES[name].phases(RegimeOptions(jnp.ones(1), 0.0, jnp.ones(1)))
     state, _ = take(make_steps(phases, PLAIN), 0, STEPS, START[PLAIN])

@@ -1,10 +1,33 @@
 """The regimes by name. A new one takes one file, which ends in its `REGIME`, and a line here."""
 
 from eejax.training.regime import Regime
-from eejax.training.regimes import joint, soft_auxiliary, soft_literal, soft_mixture
+from eejax.training.regimes import (
+    distilled,
+    exits_only,
+    feature_split,
+    gradient_equilibrium,
+    joint,
+    layerwise,
+    local,
+    mixed,
+    sdn,
+    self_distilled,
+    soft_auxiliary,
+    soft_literal,
+    soft_mixture,
+)
 
 REGIMES: dict[str, Regime] = {
     "joint": joint.REGIME,
+    "sdn": sdn.REGIME,
+    "exits_only": exits_only.REGIME,
+    "mixed": mixed.REGIME,
+    "layerwise": layerwise.REGIME,
+    "local": local.REGIME,
+    "distilled": distilled.REGIME,
+    "self_distilled": self_distilled.REGIME,
+    "gradient_equilibrium": gradient_equilibrium.REGIME,
+    "feature_split": feature_split.REGIME,
     "soft_literal": soft_literal.REGIME,
     "soft_auxiliary": soft_auxiliary.REGIME,
     "soft_mixture": soft_mixture.REGIME,

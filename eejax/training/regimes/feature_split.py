@@ -1,0 +1,64 @@
+"""Deep feature surgery: a head and the next stage train different channels of the features.
+
+    sum_e w_e CE_e,    head e reads [a, sg(b)], stage e + 1 reads [sg(a), b]
+
+The channels of the features of stage e are split into halves a and b; sg stops the gradient, so the
+gradients of exit e and of later exits never meet in a feature. The forward pass does not change.
+Gong, Chen, Luo, Lu, Li, Zhang, Sun, Zhang, *Deep feature surgery: towards accurate and efficient
+multi-exit networks*, ECCV 2024, https://arxiv.org/abs/2407.13986; their feature referencing, which
+changes what the heads read, is left out.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from eejax.network import EarlyExitNetwork, PyTree, Variables
+from eejax.training.exitwise import apply_exits
+from eejax.training.regime import Batch, LossAux, Phase, Regime, RegimeOptions
+from eejax.training.regimes import joint
+
+RATIO = 0.5
+
+
+def split_gradient(features: PyTree, *, first: bool) -> PyTree:
+    """The features; a gradient passes only through the first part of the channels, or the rest.
+
+    Args:
+      features: a pytree of arrays whose last axis holds the channels.
+      first: which part.
+    """
+
+    def one(x: Array) -> Array:
+        cut = round(RATIO * x.shape[-1])
+        a, b = x[..., :cut], x[..., cut:]
+        a, b = (a, lax.stop_gradient(b)) if first else (lax.stop_gradient(a), b)
+        return jnp.concatenate([a, b], axis=-1)
+
+    return jax.tree.map(one, features)
+
+
+def phases(options: RegimeOptions) -> tuple[Phase, ...]:
+    """One phase. The last head reads all channels with their gradient."""
+    last = len(options.exit_weights) - 1
+
+    def loss(
+        network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
+    ) -> tuple[Array, LossAux]:
+        outputs, batch_stats = apply_exits(
+            network,
+            variables,
+            batch.images,
+            key,
+            to_head=lambda e, x: x if e == last else split_gradient(x, first=True),
+            to_stage=lambda e, x: x if e == last else split_gradient(x, first=False),
+        )
+        losses = joint.losses(outputs, batch.targets, options)
+        return losses.mean(), LossAux(batch_stats, outputs)
+
+    return (Phase(1.0, loss),)
+
+
+REGIME = Regime(phases, trains_gate=False)
