@@ -7,13 +7,13 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 
 def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
-    """A progress bar with `columns` between the bar and the field `facts`; none without a
+    """A progress bar with `columns` between the bar and the field `status`; none without a
     terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         *columns,
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[status]}"),
         console=console,
         disable=not console.is_terminal,
     )

@@ -79,8 +79,8 @@ def networks(workdir: Path) -> dict[tuple[str, int], Made]:
     """Every network by name and seed, its held-out samples cut as the seed says."""
     found = {}
     for path in (workdir / "networks").glob("*/trained.json"):
-        facts = json.loads(path.read_text())
-        cell, pool = facts["cell"], read_trace(path.with_name("held_out.npz"))
+        record = json.loads(path.read_text())
+        cell, pool = record["cell"], read_trace(path.with_name("held_out.npz"))
         sizes = cell["data"]["calibrate"], cell["data"]["choose"]
         rng = np.random.Generator(np.random.PCG64(cell["seed"]))
         calibrate, choose, certify = (
@@ -89,7 +89,7 @@ def networks(workdir: Path) -> dict[tuple[str, int], Made]:
         )
         found[cell["name"], cell["seed"]] = Made(
             path.parent,
-            np.array(facts["macs"]),
+            np.array(record["macs"]),
             calibrate,
             choose,
             certify,

@@ -1,5 +1,6 @@
 """Training: the regimes, the state, and the compiled step."""
 
+from eejax.training.exitwise import apply_exits, scale_gradient
 from eejax.training.regime import (
     Batch,
     LossAux,
@@ -23,10 +24,12 @@ __all__ = [
     "Regime",
     "RegimeOptions",
     "TrainState",
+    "apply_exits",
     "cross_entropies",
     "init_state",
     "joined",
     "make_train_step",
     "make_train_steps",
     "phase_starts",
+    "scale_gradient",
 ]

@@ -316,7 +316,7 @@ def _policy(row: Mapping[str, Any]) -> dict[str, Any]:
 def _begin(
     arguments: Arguments, argv: Sequence[str], dataset: data.Dataset
 ) -> tuple[Path, dict[str, Any]]:
-    """The run's directory with its `config.json`, and the facts of its environment."""
+    """The run's directory with its `config.json`, and its environment."""
     now = datetime.datetime.now().astimezone()
     workdir = arguments.workdir or Path("runs") / f"{dataset.name}-{now:%Y%m%d-%H%M%S}"
     if arguments.resume:

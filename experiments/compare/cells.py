@@ -210,10 +210,10 @@ def variables(cell: Cell, workdir: Path) -> Variables:
 def _train(cell: Cell, place: Path) -> None:
     with (place / "log.txt").open("a") as log:
         _, rows = training.trained(cell.run, cell.seed, place, Console(file=log, width=120))
-    facts = {
+    record = {
         "cell": to_json(cell),
         "seconds": rows[-1]["seconds"],
         "macs": macs(cell).tolist(),
         "gate_mean": rows[-1]["gate_mean"],
     }
-    write_json(place / DONE, facts)
+    write_json(place / DONE, record)

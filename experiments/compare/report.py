@@ -23,7 +23,7 @@ from experiments.files import write_json, write_text
 from experiments.report import page, plots
 from experiments.report import table as results_table
 from experiments.report.plots import Series
-from experiments.report.report import DESCRIPTION, made, overthinking
+from experiments.report.report import DESCRIPTION, overthinking, provenance
 from experiments.report.table import over_seeds, shown, target_words
 
 Results = Mapping[str, Any]
@@ -83,7 +83,7 @@ def write(workdir: Path, results: Results, table: pd.DataFrame) -> None:
         guarantees=shown(guarantees, _GUARANTEE_COLUMNS),
         drift=_drift_groups(results),
         placement=_placement_table(results),
-        made=made(results),
+        provenance=provenance(results),
         columns=DESCRIPTION,
     )
 

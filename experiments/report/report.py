@@ -11,7 +11,7 @@
     train      {seconds, images_per_second, epochs}
 
 Everything that is shown comes from the results table (`experiments.report.table`) and, for the
-facts of the run, from this dict.
+values of the run, from this dict.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def write(
         training=_training(report["train"]),
         curves=plots.training_curves(history) if history else None,
         gallery=gallery,
-        made=made(report),
+        provenance=provenance(report),
         columns=DESCRIPTION,
     )
 
@@ -183,7 +183,7 @@ def overthinking(shares: Mapping[str, float]) -> list[str]:
     ]
 
 
-def made(report: Mapping[str, Any]) -> dict[str, str]:
+def provenance(report: Mapping[str, Any]) -> dict[str, str]:
     """How a run or a comparison was made; what it does not hold is left out."""
     pairs = {
         "Command": report.get("command"),

@@ -86,8 +86,8 @@ class TrainConfig:
     """How the network is trained."""
 
     regime: RegimeName = "soft_auxiliary"
-    """joint: the sum of the exits' cross-entropies. soft_*: the gates' loss to the letter, with the
-    exits' own losses beside it, or as a mixture of losses (Scardapane et al., 2020)."""
+    """How the exits are trained: docs/train.md has the formula and source of each. soft_* train
+    gates."""
     exit_weights: tuple[float, ...] = ()
     """Weight of each exit's cross-entropy. Default: 1 for each."""
     cost_weight: float = 0.0

@@ -97,7 +97,7 @@ def train(
         progress_bar(console, *_COLUMNS) as bar,
         (workdir / METRICS).open("a") as file,
     ):
-        task = bar.add_task("training", total=total, completed=step, facts="compiling")
+        task = bar.add_task("training", total=total, completed=step, status="compiling")
         while step < total:
             epoch, start = divmod(step, per_epoch)
             if order is None or start == 0:
@@ -125,10 +125,10 @@ def train(
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-            facts = _facts(row, config.epochs)
-            bar.update(task, completed=step, facts=facts)
+            status = _status(row, config.epochs)
+            bar.update(task, completed=step, status=status)
             if epoch_ends and not console.is_terminal:
-                console.print(f"epoch {epoch + 1}/{config.epochs}  {facts}")
+                console.print(f"epoch {epoch + 1}/{config.epochs}  {status}")
             late = time.monotonic() - saved >= config.checkpoint_seconds
             if late or step == total or caught:
                 checkpoint.save(workdir / CHECKPOINTS, step, state)
@@ -172,7 +172,7 @@ def _row(metrics: Metrics, step: int, epoch: float, count: int) -> dict[str, Any
     }
 
 
-def _facts(row: dict[str, Any], epochs: int) -> str:
+def _status(row: dict[str, Any], epochs: int) -> str:
     accuracy = " ".join(f"{100 * a:4.1f}" for a in row["train_accuracy"])
     held_out = row.get("held_out_accuracy")
     suffix = "  held out " + " ".join(f"{100 * a:4.1f}" for a in held_out) if held_out else ""

@@ -91,11 +91,11 @@ def run(
         progress_bar(console, MofNCompleteColumn(), TimeElapsedColumn()) as bar,
         _sigterm_interrupts(),
     ):
-        task = bar.add_task(title, total=len(jobs), facts="")
+        task = bar.add_task(title, total=len(jobs), status="")
 
         def show(running: Sequence[Job]) -> None:
             words = (f"{job.name} {job.status()}".strip() for job in running)
-            bar.update(task, facts="; ".join(words))
+            bar.update(task, status="; ".join(words))
 
         serial = workers == 1 or len(jobs) < 2
         outcomes = _here(jobs, show) if serial else _beside(jobs, show, min(workers, len(jobs)))

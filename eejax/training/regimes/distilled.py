@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from eejax.network import ExitOutput
-from eejax.training.regime import Regime, RegimeOptions, all_at_once
-from eejax.training.regimes.joint import cross_entropies
+from eejax.training.regime import Regime, RegimeOptions
+from eejax.training.regimes.joint import all_at_once, cross_entropies
 
 SHARE = 0.5
 CONFIDENCE = 0.5
