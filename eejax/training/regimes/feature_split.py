@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from eejax.network import EarlyExitNetwork, PyTree, Variables
-from eejax.training.exitwise import apply_exits
-from eejax.training.regime import Batch, LossAux, Phase, Regime, RegimeOptions
-from eejax.training.regimes import joint
+from eejax.network import PyTree
+from eejax.training.regime import Phase, Regime, RegimeOptions
+from eejax.training.regimes.joint import connected
 
 RATIO = 0.5
 
@@ -43,22 +42,11 @@ def split_gradient(features: PyTree, *, first: bool) -> PyTree:
 def phases(options: RegimeOptions) -> tuple[Phase, ...]:
     """One phase. The last head reads all channels with their gradient."""
     last = len(options.exit_weights) - 1
-
-    def loss(
-        network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
-    ) -> tuple[Array, LossAux]:
-        outputs, batch_stats = apply_exits(
-            network,
-            variables,
-            batch.images,
-            key,
-            to_head=lambda e, x: x if e == last else split_gradient(x, first=True),
-            to_stage=lambda e, x: x if e == last else split_gradient(x, first=False),
-        )
-        losses = joint.losses(outputs, batch.targets, options)
-        return losses.mean(), LossAux(batch_stats, outputs)
-
-    return (Phase(1.0, loss),)
+    return connected(
+        options,
+        to_head=lambda e, x: x if e == last else split_gradient(x, first=True),
+        to_stage=lambda e, x: x if e == last else split_gradient(x, first=False),
+    )
 
 
 REGIME = Regime(phases, trains_gate=False)

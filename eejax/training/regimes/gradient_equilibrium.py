@@ -11,33 +11,19 @@ ICCV 2019, https://arxiv.org/abs/1908.06294.
 
 from __future__ import annotations
 
-from jax import Array
-
-from eejax.network import EarlyExitNetwork, Variables
-from eejax.training.exitwise import apply_exits, scale_gradient
-from eejax.training.regime import Batch, LossAux, Phase, Regime, RegimeOptions
-from eejax.training.regimes import joint
+from eejax.training.exitwise import scale_gradient
+from eejax.training.regime import Phase, Regime, RegimeOptions
+from eejax.training.regimes.joint import connected
 
 
 def phases(options: RegimeOptions) -> tuple[Phase, ...]:
     """One phase."""
     exits = len(options.exit_weights)
-
-    def loss(
-        network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
-    ) -> tuple[Array, LossAux]:
-        outputs, batch_stats = apply_exits(
-            network,
-            variables,
-            batch.images,
-            key,
-            to_head=lambda e, features: scale_gradient(1 / (exits - e), features),
-            to_stage=lambda e, features: scale_gradient((exits - e - 1) / (exits - e), features),
-        )
-        losses = joint.losses(outputs, batch.targets, options)
-        return losses.mean(), LossAux(batch_stats, outputs)
-
-    return (Phase(1.0, loss),)
+    return connected(
+        options,
+        to_head=lambda e, x: scale_gradient(1 / (exits - e), x),
+        to_stage=lambda e, x: scale_gradient((exits - e - 1) / (exits - e), x),
+    )
 
 
 REGIME = Regime(phases, trains_gate=False)

@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 from eejax.network import EarlyExitNetwork, ExitOutput, Variables
+from eejax.training.exitwise import Between, apply_exits, unchanged
 from eejax.training.regime import Batch, LossAux, Phase, Regime, RegimeOptions
 
 
@@ -55,6 +56,27 @@ def all_at_once(
 def losses(outputs: ExitOutput, targets: Array, options: RegimeOptions) -> Array:
     """`sum_e w_e CE_e`, `[B]`."""
     return (options.exit_weights[:, None] * cross_entropies(outputs.logits, targets)).sum(0)
+
+
+def connected(
+    options: RegimeOptions, to_head: Between = unchanged, to_stage: Between = unchanged
+) -> tuple[Phase, ...]:
+    """One phase with the same losses, and gradients changed between stages and heads.
+
+    Args:
+      options: gives the exit weights.
+      to_head, to_stage: as for `apply_exits`.
+    """
+
+    def loss(
+        network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
+    ) -> tuple[Array, LossAux]:
+        outputs, batch_stats = apply_exits(
+            network, variables, batch.images, key, to_head=to_head, to_stage=to_stage
+        )
+        return losses(outputs, batch.targets, options).mean(), LossAux(batch_stats, outputs)
+
+    return (Phase(1.0, loss),)
 
 
 REGIME = Regime(all_at_once(losses), trains_gate=False)

@@ -9,31 +9,15 @@ https://arxiv.org/abs/1901.08164.
 
 from __future__ import annotations
 
-from jax import Array, lax
+from jax import lax
 
-from eejax.network import EarlyExitNetwork, Variables
-from eejax.training.exitwise import apply_exits
-from eejax.training.regime import Batch, LossAux, Phase, Regime, RegimeOptions
-from eejax.training.regimes import joint
+from eejax.training.regime import Phase, Regime, RegimeOptions
+from eejax.training.regimes.joint import connected
 
 
 def phases(options: RegimeOptions) -> tuple[Phase, ...]:
     """One phase."""
-
-    def loss(
-        network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
-    ) -> tuple[Array, LossAux]:
-        outputs, batch_stats = apply_exits(
-            network,
-            variables,
-            batch.images,
-            key,
-            to_stage=lambda _, features: lax.stop_gradient(features),
-        )
-        losses = joint.losses(outputs, batch.targets, options)
-        return losses.mean(), LossAux(batch_stats, outputs)
-
-    return (Phase(1.0, loss),)
+    return connected(options, to_stage=lambda _, features: lax.stop_gradient(features))
 
 
 REGIME = Regime(phases, trains_gate=False)
