@@ -19,7 +19,7 @@ from experiments.data.config import DataConfig
 from experiments.train.config import PLAIN_REGIME, NetworkConfig, RegimeName, TrainConfig
 
 Loss = Literal["disagreement", "error"]
-Method = Literal["crc", "betting", "hoeffding_bentkus"]
+Method = Literal["crc", "binomial", "betting", "hoeffding_bentkus"]
 
 
 @dataclass(frozen=True)
