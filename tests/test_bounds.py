@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from eejax.selection import bounds
 from eejax.selection.bounds import betting, conformal, fixed_sequence, hoeffding_bentkus, interval
 
 DRAWS = 4000
@@ -206,3 +207,23 @@ def test_an_interval_is_where_betting_does_not_reject():
 def test_what_makes_no_sense_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_binomial_p_value_is_valid_and_certifies_more_for_losses_of_0_and_1():
+    """At 2,000 samples: falsely as often as delta says at most, truly more often than others."""
+    n, risk, delta = 2000, 0.05, 0.1
+    counts = np.arange(n + 1)
+    losses = (np.arange(n) < counts[:220, None]).astype(np.float64)
+    exact = bounds.binomial(losses, risk)
+    assert (exact <= bounds.hoeffding_bentkus(losses.mean(-1), n, risk) * (1 + 1e-9)).all()
+    certified = counts[:220][exact <= delta].max()
+    # The chance of a false certificate at the limit itself, and of a true one below it.
+    assert 0.08 < stats.binom.cdf(certified, n, risk) <= delta
+    assert stats.binom.cdf(certified, n, 0.04) > 0.8
+    other = bounds.hoeffding_bentkus(losses.mean(-1), n, risk)
+    assert stats.binom.cdf(counts[:220][other <= delta].max(), n, 0.04) < 0.7
+
+
+def test_the_binomial_p_value_is_refused_for_other_losses():
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        bounds.binomial(np.array([0.0, 0.5, 1.0]), 0.1)

@@ -90,7 +90,7 @@ def assert_rarely(broken: np.ndarray, delta: float) -> None:
     assert broken.mean() <= stats.binom.ppf(0.999, len(broken), delta) / len(broken)
 
 
-@pytest.mark.parametrize("method", ["betting", "hoeffding_bentkus"])
+@pytest.mark.parametrize("method", ["auto", "betting", "hoeffding_bentkus"])
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_the_risk_is_kept_with_its_probability(name, kind, method):
     scored, trace = population(0, PEOPLE)

@@ -73,5 +73,7 @@ def route(scored: Scored, thresholds: Iterable[float]) -> Routed:
 
 def first_exit(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """`[N]` exits from scores `[N, E]` and thresholds `[E - 1]`."""
-    last = np.ones((len(scores), 1), bool)
-    return np.concatenate([scores[:, :-1] >= thresholds, last], axis=1).argmax(1)
+    exits = np.full(len(scores), scores.shape[1] - 1)
+    for e in reversed(range(len(thresholds))):
+        exits[scores[:, e] >= thresholds[e]] = e
+    return exits

@@ -52,6 +52,39 @@ def hoeffding_bentkus(mean: ArrayLike, n: int, risk: float) -> np.ndarray:
     return np.minimum(np.minimum(np.exp(-n * divergence), bentkus), 1.0)
 
 
+def binomial(losses: ArrayLike, risk: float) -> np.ndarray:
+    """The exact p-value of "the mean loss is above `risk`" for losses that are 0 or 1.
+
+    `P(Binomial(n, risk) <= sum of losses)`, the chance of so few losses were the mean `risk`. No
+    test by the number of losses has a smaller valid p-value; Bentkus's bound in
+    `hoeffding_bentkus` is e times as large.
+
+    Args:
+      losses: `[..., N]`, each 0 or 1.
+      risk: the limit, in (0, 1).
+
+    Returns:
+      `[...]` float64.
+
+    Raises:
+      ValueError: if a loss is neither 0 nor 1, risk is out of range, or there are no samples.
+    """
+    x = _checked(losses)
+    _check_open("risk", risk)
+    if not binary(x):
+        raise ValueError(
+            "losses that are neither 0 nor 1; the binomial p-value does not hold for them: use "
+            '"betting".'
+        )
+    return special.bdtr(x.sum(-1), x.shape[-1], risk)
+
+
+def binary(losses: ArrayLike) -> bool:
+    """Whether every loss is 0 or 1."""
+    x = np.asarray(losses)
+    return bool(((x == 0) | (x == 1)).all())
+
+
 def betting(losses: ArrayLike, risk: float, delta: float = 0.1) -> np.ndarray:
     """The p-value of "the mean loss is above `risk`" from a game that is fair only if it is.
 

@@ -13,7 +13,7 @@ certification samples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,8 +23,8 @@ from eejax.policies.base import check_costs, check_thresholds
 from eejax.selection import bounds, thresholds
 from eejax.trace import Trace
 
-Test = Literal["betting", "hoeffding_bentkus"]
-Method = Literal["betting", "hoeffding_bentkus", "crc"]
+Test = Literal["auto", "binomial", "betting", "hoeffding_bentkus"]
+Method = Literal["auto", "binomial", "betting", "hoeffding_bentkus", "crc"]
 
 # Data sets hold exact duplicates; a few of them do not mean that a split was used twice.
 _OVERLAP = 0.01
@@ -48,7 +48,7 @@ class Certificate(NamedTuple):
 
     Attributes:
       thresholds: `[E - 1]` float32.
-      method: `"betting"`, `"hoeffding_bentkus"` or `"crc"`.
+      method: of the test of the risk: `"binomial"`, `"betting"`, `"hoeffding_bentkus"` or `"crc"`.
       risk: the guaranteed upper bound of the mean loss.
       delta: the probability that the bound on the risk fails; None for `"crc"`, which bounds an
         expectation.
@@ -82,12 +82,12 @@ class Certificate(NamedTuple):
                 f"{measured}), if all of them are exchangeable and nothing was fitted on them."
             )
         promise = (
-            f"a mean loss above {self.risk:.4g} on new samples is at most {_percent(self.delta)}"
+            f"a mean loss above {self.risk:.4g} on new samples is at most {100 * self.delta:.4g} %"
         )
         if self.budget is not None and self.delta_cost is not None:
             promise += (
-                f", of a mean cost above {self.budget:.4g} at most {_percent(self.delta_cost)}, and"
-                f" of either at most {_percent(min(self.delta + self.delta_cost, 1.0))}"
+                f", of a mean cost above {self.budget:.4g} at most {100 * self.delta_cost:.4g} %, "
+                f"and of either at most {100 * min(self.delta + self.delta_cost, 1.0):.4g} %"
             )
         return (
             f"Over the draw of the {self.samples} certification samples, the chance of certifying "
@@ -164,15 +164,15 @@ def control_risk(
     *,
     used: Mapping[str, ArrayLike],
     delta: float = 0.1,
-    method: Method = "betting",
+    method: Method = "auto",
 ) -> Certificate:
     """The boldest candidate whose risk, the mean loss on new samples, is bounded by `risk`.
 
-    With `"betting"` and `"hoeffding_bentkus"` the bound holds with probability at least 1 - delta
-    over the certification samples. With `"crc"` it holds on average over them, which is weaker and
-    needs fewer samples: conformal risk control (Angelopoulos, Bates, Fisch, Lei, Schuster, ICLR
-    2024, https://arxiv.org/abs/2208.02814). A draw that certifies nothing counts as a bound that
-    holds, and as no loss.
+    With `"binomial"`, `"betting"` and `"hoeffding_bentkus"` the bound holds with probability at
+    least 1 - delta over the certification samples. With `"crc"` it holds on average over them,
+    which is weaker and needs fewer samples: conformal risk control (Angelopoulos, Bates, Fisch,
+    Lei, Schuster, ICLR 2024, https://arxiv.org/abs/2208.02814). A draw that certifies nothing
+    counts as a bound that holds, and as no loss.
 
     Args:
       candidates: K, chosen on other samples.
@@ -185,12 +185,14 @@ def control_risk(
       used: ids of the samples that anything was fitted on, by purpose, such as
         `{"training": ids, "calibrating temperatures": ids}`.
       delta: the probability that the bound fails, in (0, 1); not used by `"crc"`.
-      method: the test.
+      method: the test. `"auto"` is `"binomial"` if every entry of `losses` is 0 or 1, else
+        `"betting"`; name the method for a loss that only happens to be so.
 
     Raises:
       ValueError: if not even the safest candidate can be certified, certification samples were
         used before, or arguments do not fit.
     """
+    method = _method(losses, method)
     path = _path(candidates, scored, losses, trace, cost, used)
     last = _last_certified(path, risk, delta, method)
     delta_risk = None if method == "crc" else delta
@@ -209,7 +211,7 @@ def certify(
     used: Mapping[str, ArrayLike],
     delta_risk: float = 0.05,
     delta_cost: float = 0.05,
-    method: Test = "betting",
+    method: Test = "auto",
 ) -> Certificate:
     """A candidate whose risk is bounded by `risk` and whose mean cost is bounded by `budget`.
 
@@ -226,14 +228,16 @@ def certify(
       budget: in the unit of `cost`, above that of the first exit.
       delta_risk: in (0, 1).
       delta_cost: in (0, 1).
-      method: of both tests.
+      method: of both tests, but `"betting"` for costs where it is `"auto"` or `"binomial"`.
 
     Raises:
       ValueError: if no candidate has both bounds (the message says which fails by how much),
         certification samples were used before, or arguments do not fit.
     """
     if method == "crc":
-        raise ValueError(f'method {method!r}; give "betting" or "hoeffding_bentkus".')
+        raise ValueError(f'method {method!r}; give "auto", "betting" or "hoeffding_bentkus".')
+    of_cost: Test = "betting" if method in ("auto", "binomial") else method
+    method = _method(losses, method)
     path = _path(candidates, scored, losses, trace, cost, used)
     least, most = (float(c) for c in np.asarray(cost, np.float64)[[0, -1]])
     if not budget > least:
@@ -245,7 +249,7 @@ def certify(
     if budget < most:
         scaled = np.clip((path.costs[::-1] - least) / (most - least), 0, 1)
         scaled_budget = (budget - least) / (most - least)
-        first = len(scaled) - int(certified(scaled, scaled_budget, delta_cost, method))
+        first = len(scaled) - int(certified(scaled, scaled_budget, delta_cost, of_cost))
     mean_loss, mean_cost = path.losses.mean(1), path.costs.mean(1)
     if first == len(mean_cost):
         raise ValueError(
@@ -281,12 +285,20 @@ def certified(losses: np.ndarray, risk: float, delta: float, method: Method) -> 
     """
     if method == "crc":
         return bounds.conformal(losses, risk)
+    method = _method(losses, method)
+    if method == "binomial":
+        return bounds.fixed_sequence(bounds.binomial(losses, risk), delta)
     if method == "betting":
         return bounds.fixed_sequence(bounds.betting(losses, risk, delta), delta)
     if method == "hoeffding_bentkus":
         p_values = bounds.hoeffding_bentkus(losses.mean(-1), losses.shape[-1], risk)
         return bounds.fixed_sequence(p_values, delta)
-    raise ValueError(f'method {method!r}; give "betting", "hoeffding_bentkus" or "crc".')
+    raise ValueError(f"method {method!r}; give one of {get_args(Method)}.")
+
+
+def _method(losses: ArrayLike, method: Any) -> Any:
+    """The test that `"auto"` stands for."""
+    return ("binomial" if bounds.binary(losses) else "betting") if method == "auto" else method
 
 
 class _Path(NamedTuple):
@@ -385,7 +397,3 @@ def _early_scores(scored: Scored, trace: Trace, steps: int) -> np.ndarray:
     if not np.isfinite(scores).all():
         raise ValueError("scores hold NaN or infinity; the network or the policy has diverged.")
     return scores[:, :-1]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.4g} %"

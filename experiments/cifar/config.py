@@ -36,6 +36,8 @@ class PoliciesConfig:
     """Mean cost, as fractions of the whole network's multiply-accumulates."""
     drops: tuple[float, ...] = (0.01,)
     """Accuracy that may be lost against the last exit, as fractions: 0.01 is one point."""
+    drop_confidence: float = 0.9
+    """How often a drop is to be kept on new data, from 0.5 to below 1."""
     thresholds: tuple[float, ...] = ()
     """Thresholds of your own, reported beside the chosen ones: one for each exit but the last."""
     curve: int = 20
@@ -138,6 +140,9 @@ def _check_evaluation(
     fraction = "fractions of the whole network, in (0, 1]"
     require_all("policies", policies, "budgets", lambda budget: 0 < budget <= 1, fraction)
     require_not_negative("policies", policies, "drops")
+    confidence = policies.drop_confidence
+    expected = "at least 0.5 and below 1"
+    require(0.5 <= confidence < 1, "policies.drop_confidence", confidence, expected)
     require(policies.curve >= 2, "policies.curve", policies.curve, "at least 2 points")
     policy, expected = inference.policy, "another, because the regime trains no gate"
     usable = trains_gate or not POLICIES[policy].needs_gate

@@ -234,6 +234,7 @@ def _decide(
     targets = Targets(
         tuple(dict.fromkeys([*config.policies.budgets, config.inference.budget])),
         config.policies.drops,
+        config.policies.drop_confidence,
         given=config.policies.thresholds,
         curve=config.policies.curve,
     )
@@ -309,6 +310,10 @@ def _policy(row: Mapping[str, Any]) -> dict[str, Any]:
         "target": {name: value for name, value in target.items() if value is not None},
         **_numbers(row),
         **{name: row.get(name) for name in more},
+        "forecast": {
+            "accuracy": row.get("forecast_accuracy"),
+            "mean_fraction": row.get("forecast_cost"),
+        },
         "chosen": {"accuracy": row.get("chosen_accuracy"), "mean_fraction": row.get("chosen_cost")},
     }
 

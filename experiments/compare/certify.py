@@ -58,7 +58,11 @@ def _for_loss(
                 yield _decision(target, view, control, *data, risk)
             for budget in config.budgets:
                 certify = functools.partial(
-                    guarantees.certify, used=used, delta_risk=half, delta_cost=half
+                    guarantees.certify,
+                    used=used,
+                    delta_risk=half,
+                    delta_cost=half,
+                    method="betting",
                 )
                 target = {"kind": "certificate", "value": risk, "budget": budget, **common}
                 target["method"] = "betting"

@@ -19,7 +19,7 @@ from experiments.data.config import DataConfig
 from experiments.train.config import PLAIN_REGIME, NetworkConfig, RegimeName, TrainConfig
 
 Loss = Literal["disagreement", "error"]
-Method = Literal["crc", "betting", "hoeffding_bentkus"]
+Method = Literal["crc", "binomial", "betting", "hoeffding_bentkus"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class TargetsConfig:
     each stage at the speed it has there."""
     drops: tuple[float, ...] = (0.01,)
     """Accuracy that may be lost against the last exit, as fractions: 0.01 is one point."""
+    drop_confidence: float = 0.9
+    """How often a drop is to be kept on new data, from 0.5 to below 1."""
     geometric: bool = True
     """Choose for the budgets in MSDNet's way too, beside the optimal search."""
     curve: int = 16
@@ -205,6 +207,9 @@ def check(config: Comparison) -> None:
     require_positive("drift", config.drift, "images")
     require_positive("static", config.static, "widths")
     require_not_negative("targets", targets, "drops")
+    confidence = targets.drop_confidence
+    expected = "at least 0.5 and below 1"
+    require(0.5 <= confidence < 1, "targets.drop_confidence", confidence, expected)
     require(targets.curve >= 2, "targets.curve", targets.curve, "at least 2 points")
     expected = "numbers from 1 to 5"
     require_all("drift", config.drift, "severities", lambda s: 1 <= s <= 5, expected)

@@ -18,7 +18,7 @@ from eejax.evaluation.routing import Routed, Scored, route, score
 from eejax.policies import Policy
 from eejax.selection import thresholds
 from eejax.selection.placement import keep_trace
-from eejax.selection.thresholds import Choice, Search
+from eejax.selection.thresholds import Choice, Forecast, Search
 from eejax.trace import Trace
 from experiments.report.table import accuracy_columns, target_columns
 
@@ -69,6 +69,7 @@ class Targets(NamedTuple):
     Attributes:
       budgets: mean cost, as fractions.
       drops: loss of accuracy against the last exit, as fractions.
+      drop_confidence: with which the drops are to be kept on new data.
       budgets_ms: mean cost in milliseconds for a batch.
       geometric: search for the budgets in MSDNet's way too.
       given: thresholds to be reported beside the chosen ones.
@@ -78,6 +79,7 @@ class Targets(NamedTuple):
 
     budgets: tuple[float, ...]
     drops: tuple[float, ...] = ()
+    drop_confidence: float = 0.9
     budgets_ms: tuple[float, ...] = ()
     geometric: bool = True
     given: tuple[float, ...] = ()
@@ -95,6 +97,7 @@ class Decision(NamedTuple):
       thresholds: `[E - 1]`, or None where the target cannot be met.
       chosen: accuracy and mean cost on the split `choose`, or None.
       words: an error, or a certificate.
+      forecast: for new data, from the split `choose` alone, or None.
     """
 
     target: dict[str, Any]
@@ -103,6 +106,7 @@ class Decision(NamedTuple):
     thresholds: np.ndarray | None
     chosen: Choice | None = None
     words: str | None = None
+    forecast: Forecast | None = None
 
 
 def view(
@@ -159,7 +163,14 @@ def decide(
             for value, *of_views in zip(values, *choices, strict=True)
         ]
 
-    decisions = best("budget", targets.budgets, [c[:count] for c in budgets])
+    decisions = [
+        _forecast(decision, views, searches, lambda s, value=value: s.for_budget(value))
+        for value, decision in zip(
+            targets.budgets,
+            best("budget", targets.budgets, [c[:count] for c in budgets]),
+            strict=True,
+        )
+    ]
     if len(views[0].ms):
         in_ms = [thresholds.search(v.choose.scores, v.correct, v.ms) for v in views]
         times = [[_tried(s.for_budget, value) for value in targets.budgets_ms] for s in in_ms]
@@ -176,13 +187,31 @@ def _others(one: View, search: Search, targets: Targets) -> list[Decision]:
         choice = _tried(search.geometric, value)
         decisions.append(_best({"kind": "budget", "value": value}, "geometric", [one], [choice]))
     for value in targets.drops:
-        choice = _tried(search.for_drop, value)
-        decisions.append(_best({"kind": "drop", "value": value}, "optimal", [one], [choice]))
+
+        def close(part: Search, drop: float = value) -> Choice:
+            return part.for_drop(drop, targets.drop_confidence)
+
+        target = {"kind": "drop", "value": value}
+        decision = Decision(target, "optimal", one, (chosen := close(search)).thresholds, chosen)
+        decisions.append(_forecast(decision, [one], [search], close))
     if targets.given:
         given = np.asarray(targets.given, np.float32)
         choice = thresholds.evaluate(one.choose.scores, one.correct, one.cost, given)
         decisions.append(Decision({"kind": "given"}, "given", one, given, choice))
     return decisions
+
+
+def _forecast(
+    decision: Decision,
+    views: Sequence[View],
+    searches: Sequence[Search],
+    choose: Callable[[Search], Choice],
+) -> Decision:
+    """The decision with the forecast of its view, where it can be had."""
+    if decision.chosen is None or len(decision.view.correct) < 2:
+        return decision
+    of_view = next(s for v, s in zip(views, searches, strict=True) if v is decision.view)
+    return decision._replace(forecast=of_view.forecast(choose))
 
 
 def _tried(choose: Callable[[float], Choice], target: float) -> Choice | str:
@@ -242,6 +271,8 @@ def outcome(decision: Decision, test: Trace) -> tuple[dict[str, Any], Routed | N
     if decision.chosen is not None:
         row["chosen_accuracy"] = decision.chosen.accuracy
         row["chosen_cost"] = decision.chosen.mean_cost
+    if decision.forecast is not None:
+        row["forecast_accuracy"], row["forecast_cost"] = decision.forecast
     if "loss" in decision.target:
         last = test.labels if decision.target["loss"] == "error" else v.test.predictions[:, -1]
         row["risk"] = float((predictions != last).mean())

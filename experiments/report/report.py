@@ -92,7 +92,8 @@ def write(
 
 
 _POLICY_COLUMNS = ["policy", "target", "search", "accuracy", "cost", "met", "ece", "exit_fractions"]
-_THRESHOLD_COLUMNS = ["policy", "target", "search", "chosen_accuracy", "chosen_cost", "thresholds"]
+_THRESHOLD_COLUMNS = ["policy", "target", "search", "chosen_accuracy", "chosen_cost"]
+_THRESHOLD_COLUMNS += ["forecast_accuracy", "forecast_cost", "thresholds"]
 _TIME_COLUMNS = ["policy", "target", "executor", "batch", "cost", "ms", "spread", "plain_ms"]
 _TIME_COLUMNS += ["ideal_ms", "speedup", "efficiency"]
 

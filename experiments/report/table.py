@@ -84,6 +84,8 @@ COLUMNS: dict[str, Column] = {
     "exits": Column("object", "", "exits or cascade members in use, from 0", "exits"),
     "chosen_accuracy": Column("float64", "fraction", "on held-out images", "held-out %", 1, 100),
     "chosen_cost": Column("float64", "fraction", "on held-out images", "held-out cost", 3),
+    "forecast_accuracy": Column("object", "fractions", "95 %, new data", "forecast %", 1, 100),
+    "forecast_cost": Column("object", "fractions", "95 %, new data", "forecast cost", 3),
     "certificate": Column("string", "", "what was certified, in words", "certificate"),
     "error": Column("string", "", "why there is no result", "error"),
     "executor": Column("string", "", "compiled program; `plain` without exits", "executor"),
