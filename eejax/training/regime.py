@@ -96,10 +96,13 @@ class Regime(NamedTuple):
     Attributes:
       phases: `phases(options)` gives the phases, in order.
       trains_gate: whether the gates' parameters get a gradient.
+      link: how the heads of its network read the answer of the head before, a name in
+        `eejax.links.LINKS`; None for heads that do not.
     """
 
     phases: Callable[[RegimeOptions], tuple[Phase, ...]]
     trains_gate: bool
+    link: str | None = None
 
 
 def phase_starts(phases: Sequence[Phase], steps: int) -> tuple[int, ...]:

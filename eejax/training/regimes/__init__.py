@@ -2,19 +2,23 @@
 
 from eejax.training.regime import Regime
 from eejax.training.regimes import (
+    boosted,
     distilled,
     exits_only,
     feature_split,
     gradient_equilibrium,
+    hinted,
     joint,
     layerwise,
     local,
     mixed,
+    progressive,
     sdn,
     self_distilled,
     soft_auxiliary,
     soft_literal,
     soft_mixture,
+    ztw,
 )
 
 REGIMES: dict[str, Regime] = {
@@ -23,11 +27,15 @@ REGIMES: dict[str, Regime] = {
     "exits_only": exits_only.REGIME,
     "mixed": mixed.REGIME,
     "layerwise": layerwise.REGIME,
+    "progressive": progressive.REGIME,
     "local": local.REGIME,
     "distilled": distilled.REGIME,
     "self_distilled": self_distilled.REGIME,
+    "hinted": hinted.REGIME,
     "gradient_equilibrium": gradient_equilibrium.REGIME,
     "feature_split": feature_split.REGIME,
+    "boosted": boosted.REGIME,
+    "ztw": ztw.REGIME,
     "soft_literal": soft_literal.REGIME,
     "soft_auxiliary": soft_auxiliary.REGIME,
     "soft_mixture": soft_mixture.REGIME,
