@@ -21,6 +21,7 @@ from eejax.training.regimes.distilled import temperature
 
 CLASSES, BATCH, STEPS, SMOOTHING = 3, 16, 10, 0.1
 KEY = jax.random.key(5)
+ONE_EXIT = RegimeOptions(jnp.ones(1), 0.0, jnp.ones(1))
 OPTIONS = RegimeOptions(jnp.array([0.5, 1.0, 2.0]), 0.3, jnp.array([0.3, 0.6, 1.0]))
 
 
@@ -53,6 +54,13 @@ START = {
     network: training.init_state(network, optimiser(1), KEY, IMAGES[:1])
     for network in (PLAIN, *LINKED.values())
 }
+
+
+def begun(name, network):
+    """The state before training, with what the regime keeps beside the network."""
+    exits = network.num_exits
+    phase = REGIMES[name].phases(OPTIONS if exits > 1 else ONE_EXIT)[0]
+    return training.init_state(network, optimiser(1), KEY, IMAGES[:1], phase.begin)
 
 
 def network_of(name):
@@ -97,7 +105,7 @@ def test_a_regime_names_its_paper_runs_and_trains_the_gate_as_it_says(name):
     assert "https://" in (module.__doc__ or "")
     phases, network = REGIMES[name].phases(OPTIONS), network_of(name)
     # Without decay and momentum, what has no gradient keeps its bits.
-    steps, start = make_steps(phases, network, tx=lambda count: optax.sgd(0.1)), START[network]
+    steps, start = make_steps(phases, network, lambda count: optax.sgd(0.1)), begun(name, network)
     state, metrics = take(steps, 0, STEPS, start)
     assert int(metrics.first_bad) == -1
     moved = changed(start.params["heads"], state.params["heads"])
@@ -198,8 +206,8 @@ def ordinary():
 # With one exit, soft_auxiliary counts its cross-entropy twice.
 @pytest.mark.parametrize("name", [n for n in REGIMES if n != "soft_auxiliary"])
 def test_one_exit_is_ordinary_training(name, ordinary):
-    phases = REGIMES[name].phases(RegimeOptions(jnp.ones(1), 0.0, jnp.ones(1)))
-    state, _ = take(make_steps(phases, PLAIN), 0, STEPS, START[PLAIN])
+    steps = make_steps(REGIMES[name].phases(ONE_EXIT), PLAIN)
+    state, _ = take(steps, 0, STEPS, begun(name, PLAIN))
     assert_close(state.params, ordinary)
 
 

@@ -134,7 +134,8 @@ def test_every_regime_learns_an_easy_task(regime):
     )
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
     order = jnp.tile(jnp.arange(64, dtype=jnp.int32), (steps, 1))
-    start = training.init_state(network, OPTIMISER, KEY, images[:1])
+    begin = phases(regime, 0.0)[0].begin
+    start = training.init_state(network, OPTIMISER, KEY, images[:1], begin)
     state, metrics = train_steps(start, KEY, images, labels, order, 0, steps)
     assert int(metrics.first_bad) == -1
     assert int(state.step) == steps

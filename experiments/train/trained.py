@@ -170,7 +170,7 @@ def _program(
     )
     learning_rate = joined(functools.partial(schedule, train, train.learning_rate), phases, steps)
     return (
-        jax.jit(lambda key: init_state(model, rule(steps), key, image)),
+        jax.jit(lambda key: init_state(model, rule(steps), key, image, phases[0].begin)),
         train_steps,
         learning_rate,
     )

@@ -1,14 +1,14 @@
 """Self-distillation with feature hints: early features also attend to the places that the last do.
 
-    self_distilled + b / 2 sum_{e<E} w_e mean |q_e - sg q_E|^2,    b = 1000
+    self_distilled + b / 2 sum_{e<E} w_e |q_e - sg q_E|^2,    b = 1000 / 64
 
 where `q_e` is the attention map of the features that head e reads: the mean over channels of their
-squares, brought to the size of the last map, with unit norm over all positions; `mean` is over
-positions and samples. Features without positions, or a single one, give no hint. So features of
-different widths are compared without layers that exist in training alone, which the feature term of
-Zhang et al., *Be your own teacher*, ICCV 2019, https://arxiv.org/abs/1905.08094, needs. Attention
-maps: Zagoruyko, Komodakis, *Paying more attention to attention*, ICLR 2017,
-https://arxiv.org/abs/1612.03928.
+squares, brought to the size of the last map, with unit norm over all positions. Features without
+positions, or with a single one, give no hint. So features of different widths are compared without
+layers that exist in training alone, which the feature term of Zhang et al., *Be your own teacher*,
+ICCV 2019, https://arxiv.org/abs/1905.08094, needs. Attention maps: Zagoruyko, Komodakis, *Paying
+more attention to attention*, ICLR 2017, https://arxiv.org/abs/1612.03928; their weight is 1000 over
+the number of positions, here it is that of a map of 8x8 for maps of any size.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from eejax.training.exitwise import apply_exits
 from eejax.training.regime import Batch, LossAux, Phase, Regime, RegimeOptions
 from eejax.training.regimes import self_distilled
 
-WEIGHT = 1000.0
+WEIGHT = 1000 / 64
 _TINY = 1e-12
 
 
 def attention(features: PyTree) -> Array:
-    """Mean over channels of the squares: `[B, ..., K]` to `[B, ...]`; of several scales the last."""
+    """Mean of squares over channels: `[B, ..., K]` to `[B, ...]`; of several scales the last."""
     if isinstance(features, list | tuple):
         features = features[-1]
     return (features.astype(jnp.float32) ** 2).mean(-1)
 
 
 def hints(features: list[PyTree]) -> Array:
-    """`mean |q_e - sg q_E|^2` for each early exit, `[E - 1, B]`, from the features of each exit."""
+    """`|q_e - sg q_E|^2` for each early exit, `[E - 1, B]`, from the features of each exit."""
     target = attention(lax.stop_gradient(features[-1]))
 
     def unit(energy: Array) -> Array:
@@ -44,7 +44,7 @@ def hints(features: list[PyTree]) -> Array:
         return energy * lax.rsqrt((energy**2).sum(-1, keepdims=True) + _TINY)
 
     maps = jnp.stack([unit(attention(early)) for early in features[:-1]])
-    return ((maps - unit(target)[None]) ** 2).mean(-1)
+    return ((maps - unit(target)[None]) ** 2).sum(-1)
 
 
 def phases(options: RegimeOptions) -> tuple[Phase, ...]:
