@@ -25,7 +25,7 @@ from test_regimes import (
 )
 
 from eejax import checkpoint
-from eejax.training import REGIMES, Phase, Update, cross_entropies
+from eejax.training import REGIMES, Phase, Update, cross_entropies, init_state
 from eejax.training.regimes import distilled, gradient_fusion, joint, pcgrad, sample_weights
 
 VARIABLES, EXITS = START[NETWORK].variables, NETWORK.num_exits
@@ -202,6 +202,13 @@ def test_the_teacher_is_the_plain_network_as_the_second_phase_finds_it_and_stays
     last, _ = take(steps, 6, 4, first)
     assert_same_bits(last.regime, plain.variables)
     assert all(changed(last.params["stages"], plain.params["stages"]).values())
+
+
+def test_a_training_state_begins_with_that_of_the_regime():
+    begin = REGIMES["frozen_teacher"].phases(OPTIONS)[0].begin
+    state = init_state(NETWORK, optax.sgd(0.1), KEY, IMAGES[:1], begin)
+    assert_same_bits(state.regime, state.variables)
+    assert_same_bits(state.variables, VARIABLES)
 
 
 def test_the_loss_with_a_teacher_is_that_of_the_formula():

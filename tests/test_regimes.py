@@ -59,8 +59,9 @@ START = {
 def begun(name, network):
     """The state before training, with what the regime keeps beside the network."""
     exits = network.num_exits
-    phase = REGIMES[name].phases(OPTIONS if exits > 1 else ONE_EXIT)[0]
-    return training.init_state(network, optimiser(1), KEY, IMAGES[:1], phase.begin)
+    begin = REGIMES[name].phases(OPTIONS if exits > 1 else ONE_EXIT)[0].begin
+    start = START[network]
+    return start if begin is None else start._replace(regime=begin(start.variables, KEY))
 
 
 def network_of(name):
