@@ -10,7 +10,7 @@ from experiments.cifar import config as cifar_config
 from experiments.cifar.config import Config, check
 from experiments.command_line import CONFIGS, from_json, load_config, to_json
 from experiments.data.config import DataConfig
-from experiments.train.config import NetworkConfig
+from experiments.train.config import NetworkConfig, exit_weights
 
 DIGITS = ["--data.name", "digits"]
 
@@ -72,6 +72,8 @@ def test_every_configuration_file_can_be_run(path):
             ["2 thresholds for 4 exits", "give 3"],
         ),
         (["--train.exit-weights", "1", "2"], ["2 weights for 4 exits"]),
+        (["--train.exit-weights", "steep"], ["--train.exit-weights", "equal", "linear"]),
+        (["--network.options", "link=boosted"], ["link=boosted", "regime decides"]),
         (["--network.no-gate"], ["network.gate", "soft"]),
         (["--train.regime", "joint", "--inference.policy", "gate"], ["inference.policy"]),
         (["--policies.budgets", "1.5"], ["policies.budgets: 1.5"]),
@@ -82,6 +84,22 @@ def test_a_mistake_is_one_line_that_says_what_and_what_to_do(argv, words):
     message = refused(*(argv if "--data.name" in argv else [*DIGITS, *argv]))
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights"),
+    [
+        ([], (1, 1, 1, 1)),
+        (["equal"], (1, 1, 1, 1)),
+        (["linear"], (0.4, 0.8, 1.2, 1.6)),
+        (["0.5", "1", "2", "3"], (0.5, 1, 2, 3)),
+    ],
+)
+def test_exit_weights_are_a_word_or_numbers(flags, weights):
+    flags = ["--train.exit-weights", *flags] if flags else []
+    run = cifar_config.parse([*DIGITS, *flags]).run
+    assert exit_weights(run.train.exit_weights, 4) == pytest.approx(weights)
+    assert from_json(Config, json.loads(json.dumps(to_json(run)))) == run
 
 
 def test_a_configuration_file_that_breaks_says_how(tmp_path):

@@ -19,13 +19,14 @@ from test_regimes import (
     assert_same_bits,
     changed,
     make_steps,
+    network_of,
     take,
 )
 
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, keep_variables
 from eejax.training import REGIMES, Batch, RegimeOptions, TrainState, cross_entropies
 from eejax.training.exitwise import apply_exits, scale_gradient
-from eejax.training.regimes import distilled, feature_split, sdn
+from eejax.training.regimes import distilled, feature_split, hinted, sdn
 
 EXITS = NETWORK.num_exits
 TARGETS = jax.nn.one_hot(LABELS, CLASSES)[:BATCH]
@@ -156,16 +157,27 @@ def test_the_teacher_is_softened_as_far_as_needed(scale):
     assert float(distilled.temperature(jnp.zeros((3, 2)) + jnp.array([[5.0, 0.0]]))) < 20_000
 
 
+# Where the phases end.
+ENDS = {
+    "exits_only": (5, 10),
+    "ztw": (5, 10),
+    "mixed": (5, 10),
+    "layerwise": (3, 7, 10),
+    "progressive": (3, 7, 10),
+}
+
+
 def every_phase(name):
     """The state before training and after each phase, with decay and momentum."""
-    steps, states = make_steps(REGIMES[name].phases(OPTIONS)), [START[NETWORK]]
-    ends = {"exits_only": (5, 10), "mixed": (5, 10), "layerwise": (3, 7, 10)}[name]
+    network = network_of(name)
+    steps, states = make_steps(REGIMES[name].phases(OPTIONS), network), [START[network]]
+    ends = ENDS[name]
     for start, end in zip((0, *ends), ends, strict=False):
         states.append(take(steps, start, end - start, states[-1])[0])
     return steps, states
 
 
-@pytest.fixture(scope="module", params=["exits_only", "mixed", "layerwise"])
+@pytest.fixture(scope="module", params=ENDS)
 def phased(request):
     return request.param, *every_phase(request.param)
 
@@ -186,8 +198,10 @@ def test_each_phase_moves_its_parts_and_keeps_the_bits_of_the_rest(phased):
     last, early = [False, False, True], [True, True, False]
     expected = {
         "exits_only": [(everything, last), ([False] * EXITS, early)],
+        "ztw": [(everything, last), ([False] * EXITS, early)],
         "mixed": [(everything, last), (everything, everything)],
         "layerwise": [([i == e for i in range(EXITS)],) * 2 for e in range(EXITS)],
+        "progressive": [([i <= e for i in range(EXITS)],) * 2 for e in range(EXITS)],
     }[name]
     for before, after, (stages, heads) in zip(states, states[1:], expected, strict=False):
         assert moved(before, after) == {"stages": stages, "heads": heads}
@@ -196,7 +210,7 @@ def test_each_phase_moves_its_parts_and_keeps_the_bits_of_the_rest(phased):
 @pytest.mark.parametrize("stop", [2, 6, 8])
 def test_a_regime_resumed_inside_any_phase_ends_bit_for_bit_alike(phased, stop):
     _, steps, states = phased
-    state, _ = take(steps, 0, stop)
+    state, _ = take(steps, 0, stop, states[0])
     assert_same_bits(take(steps, stop, STEPS - stop, state)[0], states[-1])
 
 
@@ -214,3 +228,98 @@ def test_the_last_exit_of_exits_only_is_that_of_the_plain_network():
     steps = make_steps([ordinary], plain, tx=lambda count: optax.sgd(0.1))
     alone, _ = take(steps, 0, STEPS, start)
     assert_close(plain.apply_plain(alone.variables, IMAGES), outputs)
+
+
+def loss_of(name, network=NETWORK, options=OPTIONS):
+    """The value of the first phase's loss at the start."""
+    phase = REGIMES[name].phases(options)[0]
+    return phase.loss(network, START[network].variables, BATCH_OF, KEY, jnp.float32(0))[0]
+
+
+def test_boosting_trains_each_exit_on_what_the_answer_before_lacks():
+    network = network_of("boosted")
+    bare = START[network].variables
+    logits = NETWORK.apply_all(bare, IMAGES[:BATCH], train=True)[0].logits
+
+    def loss(logits):
+        before, total = jnp.zeros_like(logits[0]), 0.0
+        for e, weight in enumerate(OPTIONS.exit_weights):
+            answer = logits[e] + jax.lax.stop_gradient(before) / 2
+            total += weight * optax.softmax_cross_entropy(answer, TARGETS).mean()
+            before = answer
+        return total
+
+    assert_close(loss_of("boosted", network), loss(logits))
+
+    # The gradient of each head, and that of the stages in equilibrium.
+    def through(params, scaled):
+        run = apply_exits(
+            NETWORK,
+            {**bare, "params": params},
+            IMAGES[:BATCH],
+            KEY,
+            to_head=lambda e, x: scale_gradient(1 / (EXITS - e), x) if scaled else x,
+            to_stage=lambda e, x: scale_gradient(1 - 1 / (EXITS - e), x) if scaled else x,
+        )
+        return loss(run[0].logits)
+
+    balanced = gradient("boosted", OPTIONS, network, bare)
+    assert_close(balanced, jax.grad(through)(bare["params"], True))
+    assert_close(balanced["heads"], jax.grad(through)(bare["params"], False)["heads"])
+
+
+@pytest.mark.parametrize("name", ["boosted", "ztw"])
+def test_a_regime_for_linked_heads_refuses_others(name):
+    phase = REGIMES[name].phases(OPTIONS)[-1]
+    with pytest.raises(ValueError, match=rf"{name} trains .*give it eejax\.links\."):
+        jax.eval_shape(
+            lambda v: phase.loss(NETWORK, v, BATCH_OF, KEY, jnp.float32(0))[0],
+            START[NETWORK].variables,
+        )
+
+
+def test_hints_compare_where_features_are_strong():
+    rng = np.random.default_rng(3)
+    small, large = rng.normal(size=(2, 2, 2, 5)), rng.normal(size=(2, 2, 2, 3))
+    target = (small**2).mean(-1).reshape(2, 4)
+    target /= np.linalg.norm(target, axis=1, keepdims=True)
+    early = (large**2).mean(-1).reshape(2, 4)
+    early /= np.linalg.norm(early, axis=1, keepdims=True)
+    found = hinted.hints([jnp.asarray(x, jnp.float32) for x in (large, 3 * small, small)])
+    np.testing.assert_allclose(found[0], ((early - target) ** 2).sum(1), rtol=1e-4)
+    np.testing.assert_allclose(found[1], 0, atol=1e-6)  # the scale of features is no matter
+    # A larger map is brought to the size of the last one: a uniform one stays uniform.
+    uniform = hinted.hints([jnp.ones((1, 4, 4, 2)), jnp.ones((1, 2, 2, 7))])
+    np.testing.assert_allclose(uniform, 0, atol=1e-6)
+    tokens = hinted.hints([jnp.ones((1, 9, 4)), jnp.ones((1, 9, 6))])
+    assert tokens.shape == (1, 1)
+
+
+def test_hints_are_added_to_self_distillation_and_teach_the_early_features_alone():
+    variables, features = START[NETWORK].variables, []
+
+    def read(e, x):
+        features.append(x)
+        return x
+
+    apply_exits(NETWORK, variables, IMAGES[:BATCH], KEY, to_head=read)
+    hint = (OPTIONS.exit_weights[:-1, None] * hinted.hints(features)).sum(0).mean()
+    assert float(hint) > 0
+    assert_close(loss_of("hinted") - loss_of("self_distilled"), 1000 / 64 / 2 * hint)
+    last = gradient("hinted")["stages"][-1]
+    assert_close(last, gradient("self_distilled")["stages"][-1])
+    first = gradient("hinted")["stages"][0], gradient("self_distilled")["stages"][0]
+    with pytest.raises(AssertionError):
+        assert_close(*first)
+
+
+def test_progressive_training_weighs_the_exits_so_far():
+    variables = START[NETWORK].variables
+    logits = NETWORK.apply_all(variables, IMAGES[:BATCH], train=True)[0].logits
+    losses = OPTIONS.exit_weights * cross_entropies(logits, TARGETS).mean(-1)
+    for e, phase in enumerate(REGIMES["progressive"].phases(OPTIONS)):
+        value, aux = phase.loss(NETWORK, variables, BATCH_OF, KEY, jnp.float32(0))
+        assert_close(value, losses[: e + 1].sum())
+        assert_close(aux.outputs.logits[: e + 1], logits[: e + 1])
+        assert set(aux.outputs.logits[e + 1 :].argmax(-1).ravel().tolist()) <= {0}
+        assert aux.outputs.logits.shape == logits.shape

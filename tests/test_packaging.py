@@ -62,7 +62,7 @@ def test_the_package_imports_nothing_of_the_experiments():
 # Floors of the package, the ground first, as docs/architecture.md lists them.
 FLOORS = (
     ("network", "exits", "compiling"),
-    ("cost", "trace", "gates", "backbone", "cascades", "checkpoint"),
+    ("cost", "trace", "gates", "links", "backbone", "cascades", "checkpoint"),
     ("models", "policies", "benchmark"),
     ("adapters", "pretrained", "evaluation", "training"),
     ("selection", "inference"),

@@ -13,6 +13,7 @@ from jax import lax
 from eejax import checkpoint, gates, training
 from eejax.backbone import cut
 from eejax.compiling import compiler_options
+from eejax.links import LINKS
 from eejax.models.heads import Head
 from eejax.models.layers import Norm
 from eejax.training import REGIMES, Batch, LossAux, Phase, RegimeOptions, cross_entropies
@@ -20,6 +21,7 @@ from eejax.training.regimes.distilled import temperature
 
 CLASSES, BATCH, STEPS, SMOOTHING = 3, 16, 10, 0.1
 KEY = jax.random.key(5)
+ONE_EXIT = RegimeOptions(jnp.ones(1), 0.0, jnp.ones(1))
 OPTIONS = RegimeOptions(jnp.array([0.5, 1.0, 2.0]), 0.3, jnp.array([0.3, 0.6, 1.0]))
 
 
@@ -33,6 +35,7 @@ class Block(nn.Module):
 
 NETWORK = cut([Block(), Block(), Block()], (1, 2), lambda e: Head(CLASSES, gate="features"))
 PLAIN = NETWORK.keeping([2])
+LINKED = {None: NETWORK, **{name: link(NETWORK) for name, link in LINKS.items()}}
 RNG = np.random.default_rng(0)
 LABELS = jnp.asarray(RNG.integers(0, CLASSES, 64), jnp.int32)
 IMAGES = jnp.asarray(
@@ -49,8 +52,21 @@ def optimiser(count):
 
 START = {
     network: training.init_state(network, optimiser(1), KEY, IMAGES[:1])
-    for network in (NETWORK, PLAIN)
+    for network in (PLAIN, *LINKED.values())
 }
+
+
+def begun(name, network):
+    """The state before training, with what the regime keeps beside the network."""
+    exits = network.num_exits
+    begin = REGIMES[name].phases(OPTIONS if exits > 1 else ONE_EXIT)[0].begin
+    start = START[network]
+    return start if begin is None else start._replace(regime=begin(start.variables, KEY))
+
+
+def network_of(name):
+    """The network that a regime trains."""
+    return LINKED[REGIMES[name].link]
 
 
 def noise(key, images):
@@ -88,17 +104,18 @@ def test_a_regime_names_its_paper_runs_and_trains_the_gate_as_it_says(name):
     module = importlib.import_module(f"eejax.training.regimes.{name}")
     assert module.REGIME is REGIMES[name]
     assert "https://" in (module.__doc__ or "")
-    phases = REGIMES[name].phases(OPTIONS)
+    phases, network = REGIMES[name].phases(OPTIONS), network_of(name)
     # Without decay and momentum, what has no gradient keeps its bits.
-    state, metrics = take(make_steps(phases, tx=lambda count: optax.sgd(0.1)), 0, STEPS)
+    steps, start = make_steps(phases, network, lambda count: optax.sgd(0.1)), begun(name, network)
+    state, metrics = take(steps, 0, STEPS, start)
     assert int(metrics.first_bad) == -1
-    moved = changed(START[NETWORK].params["heads"], state.params["heads"])
+    moved = changed(start.params["heads"], state.params["heads"])
     gate = {path: m for path, m in moved.items() if "gate" in path and not path.startswith("[2]")}
     assert gate
     assert set(gate.values()) == {REGIMES[name].trains_gate}
     assert all(m for path, m in moved.items() if "gate" not in path)
-    assert all(changed(START[NETWORK].params["stages"], state.params["stages"]).values())
-    assert all(changed(START[NETWORK].batch_stats, state.batch_stats).values())
+    assert all(changed(start.params["stages"], state.params["stages"]).values())
+    assert all(changed(start.batch_stats, state.batch_stats).values())
 
 
 def formula(name, logits, gate, targets):
@@ -190,8 +207,8 @@ def ordinary():
 # With one exit, soft_auxiliary counts its cross-entropy twice.
 @pytest.mark.parametrize("name", [n for n in REGIMES if n != "soft_auxiliary"])
 def test_one_exit_is_ordinary_training(name, ordinary):
-    phases = REGIMES[name].phases(RegimeOptions(jnp.ones(1), 0.0, jnp.ones(1)))
-    state, _ = take(make_steps(phases, PLAIN), 0, STEPS, START[PLAIN])
+    steps = make_steps(REGIMES[name].phases(ONE_EXIT), PLAIN)
+    state, _ = take(steps, 0, STEPS, begun(name, PLAIN))
     assert_close(state.params, ordinary)
 
 

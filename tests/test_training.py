@@ -17,6 +17,7 @@ from rich.console import Console
 
 from eejax import training
 from eejax.backbone import cut
+from eejax.links import LINKS
 from eejax.models.heads import Head
 from eejax.models.layers import Norm
 from eejax.network import normalise
@@ -120,8 +121,10 @@ def run(train_steps):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_regime_learns_an_easy_task(regime):
     split, steps = made_split(), 60
+    link = REGIMES[regime].link
+    network = NETWORK if link is None else LINKS[link](NETWORK)
     train_steps = training.make_train_steps(
-        NETWORK,
+        network,
         lambda count: OPTIMISER,
         phases(regime, 0.0),
         lambda key, images: images,
@@ -130,10 +133,15 @@ def test_every_regime_learns_an_easy_task(regime):
     )
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
     order = jnp.tile(jnp.arange(64, dtype=jnp.int32), (steps, 1))
-    state, metrics = train_steps(fresh(), KEY, images, labels, order, 0, steps)
+    start, begin = fresh(), phases(regime, 0.0)[0].begin
+    if link is not None:
+        start = training.init_state(network, OPTIMISER, KEY, images[:1])
+    if begin is not None:
+        start = start._replace(regime=begin(start.variables, KEY))
+    state, metrics = train_steps(start, KEY, images, labels, order, 0, steps)
     assert int(metrics.first_bad) == -1
     assert int(state.step) == steps
-    logits = NETWORK.apply_all(state.variables, images)[0].logits
+    logits = network.apply_all(state.variables, images)[0].logits
     correct = (logits.argmax(-1) == labels[None]).sum(-1)
     assert correct[-1] >= 56
     # soft_literal and soft_mixture may leave exits untrained.

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from eejax.links import LINKS
 from eejax.models import (
     alexnet,
     densenet,
@@ -40,22 +41,33 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build(family: str, classes: int, image: Sequence[int], **arguments: Any) -> EarlyExitNetwork:
+def build(
+    family: str,
+    classes: int,
+    image: Sequence[int],
+    *,
+    link: str | None = None,
+    **arguments: Any,
+) -> EarlyExitNetwork:
     """Builds a network of the zoo by name, from arguments that a file or a command line may hold.
 
     Args:
       family: a name in `FAMILIES`.
       classes: C.
       image: `(height, width, channels)`.
+      link: how heads read the answer of the head before: `"boosted"` or `"cascaded"`, as in
+        `eejax.links`; None for heads that do not.
       **arguments: of the family's function; the others keep the family's defaults. `dtype` may be a
         name, `"bfloat16"`.
 
     Raises:
-      ValueError: if there is no such family, if it takes no such argument or one of another type,
-        or if the family's function refuses a value.
+      ValueError: if there is no such family or link, if the family takes no such argument or one of
+        another type, or if its function refuses a value.
     """
     if family not in FAMILIES:
         raise ValueError(f"{family!r} is no family; give one of {', '.join(FAMILIES)}.")
+    if link is not None and link not in LINKS:
+        raise ValueError(f"{link!r} is no link; give one of {', '.join(LINKS)}, or None.")
     function = FAMILIES[family].build
     parameters = inspect.signature(function).parameters
     names = [name for name in parameters if name not in ("classes", "image")]
@@ -73,7 +85,8 @@ def build(family: str, classes: int, image: Sequence[int], **arguments: Any) -> 
             arguments["dtype"] = jnp.dtype(arguments["dtype"])
         except TypeError as error:
             raise ValueError(f"dtype {arguments['dtype']!r}; give float32 or bfloat16.") from error
-    return function(classes, image=tuple(image), **arguments)
+    network = function(classes, image=tuple(image), **arguments)
+    return network if link is None else LINKS[link](network)
 
 
 # What an argument may be, by the type of its default.

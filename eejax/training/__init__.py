@@ -7,6 +7,7 @@ from eejax.training.regime import (
     Phase,
     Regime,
     RegimeOptions,
+    Update,
     joined,
     phase_starts,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "Regime",
     "RegimeOptions",
     "TrainState",
+    "Update",
     "apply_exits",
     "cross_entropies",
     "init_state",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import optax
 from jax import Array
 
-from eejax.network import EarlyExitNetwork, ExitOutput, PyTree, Variables
+from eejax.network import ExitOutput, PyTree, Variables
 
 
 class Batch(NamedTuple):
@@ -44,7 +44,23 @@ class LossAux(NamedTuple):
     outputs: ExitOutput
 
 
-Loss = Callable[[EarlyExitNetwork, Variables, Batch, Array, Array], tuple[Array, LossAux]]
+class Update(NamedTuple):
+    """What `Phase.gradients` returns.
+
+    Attributes:
+      value: `[]`, the loss, for the metrics.
+      aux: as of a loss.
+      gradients: shaped like the parameters; those of what is not trained are not read.
+      state: the regime's own state after this step.
+    """
+
+    value: Array
+    aux: LossAux
+    gradients: PyTree
+    state: PyTree
+
+
+Loss = Callable[..., tuple[Array, LossAux]]
 
 
 def everything(variables: Variables) -> PyTree:
@@ -68,11 +84,20 @@ class Phase(NamedTuple):
         "batch_stats": False}` for the heads' parameters alone. A parameter that is not trained gets
         no gradient, no decay and no momentum; a running statistic that is not trained keeps its
         value.
+      begin: `begin(variables, key) -> state` makes the regime's own state when the phase begins, a
+        pytree of arrays that checkpoints hold, such as a frozen teacher; the loss then gets it as a
+        sixth argument. The phases of a regime that have it return the same structure. Without it
+        there is no state, or that of the phase before stays.
+      gradients: `gradients(network, variables, state, batch, key, progress) -> Update` replaces the
+        gradient of the loss, for regimes that combine the gradients of several losses or learn
+        something beside the network. The loss is then not called.
     """
 
     share: float
     loss: Loss
     trains: Callable[[Variables], PyTree] = everything
+    begin: Callable[[Variables, Array], PyTree] | None = None
+    gradients: Callable[..., Update] | None = None
 
 
 class RegimeOptions(NamedTuple):
@@ -96,10 +121,13 @@ class Regime(NamedTuple):
     Attributes:
       phases: `phases(options)` gives the phases, in order.
       trains_gate: whether the gates' parameters get a gradient.
+      link: how the heads of its network read the answer of the head before, a name in
+        `eejax.links.LINKS`; None for heads that do not.
     """
 
     phases: Callable[[RegimeOptions], tuple[Phase, ...]]
     trains_gate: bool
+    link: str | None = None
 
 
 def phase_starts(phases: Sequence[Phase], steps: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,12 +21,14 @@ class TrainState(NamedTuple):
       params: of the network.
       batch_stats: running statistics of the network.
       opt_state: of the optimiser, in the current phase.
+      regime: the regime's own state, as `Phase.begin` makes it; `()` for most.
     """
 
     step: Array
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    regime: PyTree = ()
 
     @property
     def variables(self) -> Variables:
@@ -38,6 +41,7 @@ def init_state(
     optimiser: optax.GradientTransformation,
     key: Array,
     images: Array,
+    begin: Callable[[Variables, Array], PyTree] | None = None,
 ) -> TrainState:
     """Initialises a state.
 
@@ -46,11 +50,15 @@ def init_state(
       optimiser: of any number of steps; the state does not depend on the schedule.
       key: of the initial parameters.
       images: `[B, ...]`, of which only shape and dtype count.
+      begin: of the regime's first phase.
     """
 
     def build(key: Array, images: Array) -> TrainState:
         variables = network.init(key, images)
         params = variables["params"]
-        return TrainState(jnp.int32(0), params, variables["batch_stats"], optimiser.init(params))
+        regime = () if begin is None else begin(variables, jax.random.fold_in(key, 1))
+        return TrainState(
+            jnp.int32(0), params, variables["batch_stats"], optimiser.init(params), regime
+        )
 
     return jax.jit(build)(key, images)

@@ -17,9 +17,10 @@ from eejax.network import EarlyExitNetwork, PyTree
 from eejax.training.regime import Batch, LossAux, Phase, phase_starts
 from eejax.training.state import TrainState
 
-# Augmentation draws from the run's key folded with the number of the step. No step has this number,
-# so what the network draws is independent of it.
+# Augmentation draws from the run's key folded with the number of the step. No step has these
+# numbers, so what the network draws, and a phase when it begins, is independent of it.
 _NETWORK = 2**32 - 1
+_BEGIN = 2**32 - 2
 
 
 class Metrics(NamedTuple):
@@ -76,7 +77,8 @@ def make_train_steps(
       label_smoothing: in [0, 1), the share of each target that is spread over all classes.
 
     Raises:
-      ValueError: if the shares of the phases do not add up to 1, or a phase gets no step.
+      ValueError: if the shares of the phases do not add up to 1, or a phase gets no step. The steps
+        raise it if the phases have a state of their own and the training state does not.
     """
     starts = phase_starts(phases, steps)
     on_cpu = jax.default_backend() == "cpu"
@@ -89,7 +91,7 @@ def make_train_steps(
     )
 
     def program(i: int) -> tuple[Callable[..., PyTree], Callable[..., tuple[TrainState, Metrics]]]:
-        """A phase's fresh optimiser state, and its compiled steps."""
+        """How a phase begins, and its compiled steps."""
         count = starts[i + 1] - starts[i]
         rule = optimiser(count)
         step = make_train_step(
@@ -134,7 +136,15 @@ def make_train_steps(
         compiled = jax.jit(
             single if on_cpu else several, donate_argnums=0, compiler_options=compiler_options()
         )
-        return jax.jit(rule.init), compiled
+
+        def fresh(state: TrainState, key: Array) -> tuple[PyTree, PyTree]:
+            """The optimiser's and the regime's own state, in buffers that can be donated."""
+            begin = phases[i].begin
+            key = jax.random.fold_in(jax.random.fold_in(key, _BEGIN), i)
+            regime = state.regime if begin is None else begin(state.variables, key)
+            return rule.init(state.params), jax.tree.map(jnp.copy, regime)
+
+        return jax.jit(fresh), compiled
 
     programs = [program(i) for i in range(len(phases))]
 
@@ -158,7 +168,8 @@ def make_train_steps(
             left = end - start if i == len(phases) - 1 else min(end - start, starts[i + 1] - step)
             if i and step == starts[i]:
                 state, total = carry
-                carry = state._replace(opt_state=fresh(state.params)), total
+                opt_state, regime = fresh(state, key)
+                carry = state._replace(opt_state=opt_state, regime=regime), total
             if on_cpu:
                 for row in range(start, start + left):
                     carry = compiled(carry, key, images, labels, order, row)
@@ -209,12 +220,28 @@ def make_train_step(
                 [next(rest) if m else f for m, f in zip(moves, frozen, strict=True)]
             )
 
+        def chosen(every: Sequence[Array]) -> list[Array]:
+            return [leaf for leaf, m in zip(every, moves, strict=True) if m]
+
+        if phase.begin is not None and not jax.tree.leaves(state.regime):
+            raise ValueError(
+                "the regime has a state of its own, and the training state has none; make it with "
+                "init_state(..., begin=phases[0].begin)."
+            )
+        own = () if phase.begin is None else (state.regime,)
+
         def loss(trained: Sequence[Array]) -> tuple[Array, LossAux]:
             variables = {"params": merged(trained, leaves), "batch_stats": state.batch_stats}
-            return phase.loss(network, variables, batch, key, progress)
+            return phase.loss(network, variables, batch, key, progress, *own)
 
-        trained = [leaf for leaf, m in zip(leaves, moves, strict=True) if m]
-        (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
+        if phase.gradients is None:
+            (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(chosen(leaves))
+            regime = state.regime
+        else:
+            value, aux, tree, regime = phase.gradients(
+                network, state.variables, state.regime, batch, key, progress
+            )
+            gradients = chosen(jax.tree.leaves(tree))
         # Some of optax's arithmetic relies on implicit promotion, which a caller may have
         # forbidden.
         with jax.numpy_dtype_promotion("standard"):
@@ -235,7 +262,7 @@ def make_train_step(
             jnp.int32(len(labels)),
             jnp.where(fine, -1, state.step),
         )
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, regime), metrics
 
     return train_step
 

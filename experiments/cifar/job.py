@@ -141,7 +141,7 @@ def run(prepared: Prepared) -> dict[str, Any]:
         metadata = {name: environment[name] for name in names}
         whole = bundle.Bundle(
             config.network.name,
-            network_arguments(config.network),
+            network_arguments(config.network, REGIMES[config.train.regime].link),
             dataset.classes,
             dataset.train.images.shape[1:],
             dataset.mean,

@@ -88,8 +88,9 @@ class TrainConfig:
     regime: RegimeName = "soft_auxiliary"
     """How the exits are trained: docs/train.md has the formula and source of each. soft_* train
     gates."""
-    exit_weights: tuple[float, ...] = ()
-    """Weight of each exit's cross-entropy. Default: 1 for each."""
+    exit_weights: tuple[float, ...] | Literal["equal", "linear"] = ()
+    """Weight of each exit's cross-entropy: equal, 1 for each, which is the default; linear, in
+    proportion to the exit's number; or a number for each."""
     cost_weight: float = 0.0
     """Soft regimes: lambda, the price of the expected cost (1 is the whole network's)."""
     label_smoothing: float = 0.1
@@ -125,9 +126,8 @@ def check(network: NetworkConfig, train: TrainConfig) -> None:
       ValueError: if a value cannot be used, or the family refuses an argument.
     """
     require_positive("network", network, "width")
-    weights, exits = len(train.exit_weights), network.num_exits  # the family checks its arguments
-    if weights and weights != exits:
-        raise ValueError(f"train.exit_weights: {weights} weights for {exits} exits; give {exits}.")
+    exits = network.num_exits  # the family checks its arguments
+    exit_weights(train.exit_weights, exits)
     require(train.regime in REGIMES, "train.regime", train.regime, f"one of {', '.join(REGIMES)}")
     trains_gate = REGIMES[train.regime].trains_gate
     expected = f"True, for the regime {train.regime}"
@@ -139,16 +139,45 @@ def check(network: NetworkConfig, train: TrainConfig) -> None:
     require_all("train", train, fields, lambda value: 0 <= value < 1, "something in [0, 1)")
 
 
-def build_network(config: NetworkConfig, classes: int, image: Sequence[int]) -> EarlyExitNetwork:
+def exit_weights(given: Sequence[float] | str, exits: int) -> tuple[float, ...]:
+    """The weight of each of `exits` exits.
+
+    `"linear"` is `w_e = 2 e / (E + 1)`, e from 1: in proportion to the exit's number, with the sum
+    of equal weights. Zhou et al., *BERT loses patience*, NeurIPS 2020,
+    https://arxiv.org/abs/2006.04152, weigh in that proportion.
+
+    Raises:
+      ValueError: if there are numbers, but not one for each exit.
+    """
+    if isinstance(given, str):
+        linear = given == "linear"
+        return tuple(2 * e / (exits + 1) if linear else 1.0 for e in range(1, exits + 1))
+    if given and len(given) != exits:
+        raise ValueError(
+            f"train.exit_weights: {len(given)} weights for {exits} exits; give {exits}, or equal "
+            "or linear."
+        )
+    return tuple(given) or (1.0,) * exits
+
+
+def build_network(
+    config: NetworkConfig, classes: int, image: Sequence[int], link: str | None = None
+) -> EarlyExitNetwork:
     """Builds the network, on images `(height, width, channels)` in float32.
+
+    Args:
+      config: backbone and exits.
+      classes: C.
+      image: its shape.
+      link: of the heads, as the regime needs it.
 
     Raises:
       ValueError: if there is no such family or argument, or the family refuses it.
     """
-    return build(config.name, classes, image, **network_arguments(config))
+    return build(config.name, classes, image, **network_arguments(config, link))
 
 
-def network_arguments(config: NetworkConfig) -> dict[str, Any]:
+def network_arguments(config: NetworkConfig, link: str | None = None) -> dict[str, Any]:
     """The arguments of `eejax.models.build` that a configuration stands for.
 
     Raises:
@@ -158,6 +187,8 @@ def network_arguments(config: NetworkConfig) -> dict[str, Any]:
     arguments: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     for option in config.options:
         name, _, value = option.partition("=")
+        if name == "link":
+            raise ValueError(f"network.options: {option}; the regime decides how heads are linked.")
         if name in ("depth", "width", "gate", "dtype") or name in arguments:
             raise ValueError(f"network.options: {option}; give it as --network.{name}.")
         try:
@@ -165,7 +196,8 @@ def network_arguments(config: NetworkConfig) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             arguments[name] = value
     gate = "features" if config.gate else None
-    return {**arguments, "gate": gate, "dtype": config.dtype}
+    linked = {} if link is None else {"link": link}
+    return {**arguments, "gate": gate, "dtype": config.dtype, **linked}
 
 
 # Neither blocks nor exits depend on the images. This side is a multiple of most patches, and no

@@ -36,7 +36,7 @@ from experiments.data import splits
 from experiments.data.config import DataConfig
 from experiments.train import loop
 from experiments.train.augment import augment
-from experiments.train.config import NetworkConfig, TrainConfig, build_network
+from experiments.train.config import NetworkConfig, TrainConfig, build_network, exit_weights
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,36 @@ def dataset(run: TrainRun) -> splits.Dataset:
 
 def network(run: TrainRun) -> EarlyExitNetwork:
     """The network of a run; runs that differ in training alone share it and its programs."""
-    return _network(dataclasses.replace(run, train=TrainConfig()))
+    return _network(*_architecture(run))
 
 
 def costs(run: TrainRun) -> cost.Costs:
     """Multiply-accumulates of the network's stages and heads."""
-    return _costs(dataclasses.replace(run, train=TrainConfig()))
+    return _costs(*_architecture(run))
+
+
+def _architecture(run: TrainRun) -> tuple[TrainRun, str | None]:
+    """What decides the network: the run without its training, and the link of the heads."""
+    return dataclasses.replace(run, train=TrainConfig()), REGIMES[run.train.regime].link
 
 
 _load = functools.cache(splits.load)
 
 
 @functools.cache
-def _network(run: TrainRun) -> EarlyExitNetwork:
+def _network(run: TrainRun, link: str | None) -> EarlyExitNetwork:
     data = dataset(run)
-    bare = build_network(run.network, len(data.classes), data.train.images.shape[1:])
+    bare = build_network(run.network, len(data.classes), data.train.images.shape[1:], link)
     whole = bare.reading(normalise(data.mean, data.std))
     return whole if run.ends_at is None else whole.keeping([run.ends_at])
 
 
 @functools.cache
-def _costs(run: TrainRun) -> cost.Costs:
+def _costs(run: TrainRun, link: str | None) -> cost.Costs:
     image = jnp.asarray(dataset(run).train.images[:1])
-    shapes = jax.eval_shape(network(run).init, jax.random.key(0), image)
-    return cost.xla_macs(network(run), shapes, image)
+    model = _network(run, link)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    return cost.xla_macs(model, shapes, image)
 
 
 @functools.cache
@@ -141,7 +147,7 @@ def _program(
     steps = len(data.train.images) // train.batch * train.epochs
     image = jnp.asarray(data.train.images[:1])
     options = RegimeOptions(
-        jnp.asarray(train.exit_weights or (1.0,) * model.num_exits, jnp.float32),
+        jnp.asarray(exit_weights(train.exit_weights, model.num_exits), jnp.float32),
         train.cost_weight,
         jnp.asarray(costs(run).fractions, jnp.float32),
     )
@@ -164,7 +170,7 @@ def _program(
     )
     learning_rate = joined(functools.partial(schedule, train, train.learning_rate), phases, steps)
     return (
-        jax.jit(lambda key: init_state(model, rule(steps), key, image)),
+        jax.jit(lambda key: init_state(model, rule(steps), key, image, phases[0].begin)),
         train_steps,
         learning_rate,
     )

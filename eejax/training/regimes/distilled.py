@@ -42,6 +42,13 @@ def temperature(logits: Array) -> Array:
     )
 
 
+def softened(logits: Array, teacher: Array) -> Array:
+    """`t^2 CE(sg p_T^t, p_e^t)`, `[E, B]`, from logits `[E, B, C]` and the teacher's `[B, C]`."""
+    teacher = lax.stop_gradient(teacher.astype(jnp.float32))
+    t = temperature(teacher)
+    return t**2 * cross_entropies(logits.astype(jnp.float32) / t, jax.nn.softmax(teacher / t))
+
+
 def losses(outputs: ExitOutput, targets: Array, options: RegimeOptions) -> Array:
     """The sum of the formula, `[B]`; a network without early exits has `CE_E` alone.
 
@@ -50,11 +57,7 @@ def losses(outputs: ExitOutput, targets: Array, options: RegimeOptions) -> Array
     alone = options.exit_weights[:, None] * cross_entropies(outputs.logits, targets)
     if len(alone) == 1:
         return alone[0]
-    early = outputs.logits[:-1].astype(jnp.float32)
-    teacher = lax.stop_gradient(outputs.logits[-1].astype(jnp.float32))
-    t = temperature(teacher)
-    soft = cross_entropies(early / t, jax.nn.softmax(teacher / t))
-    taught = options.exit_weights[:-1, None] * t**2 * soft
+    taught = options.exit_weights[:-1, None] * softened(outputs.logits[:-1], outputs.logits[-1])
     return (1 - SHARE) * alone.sum(0) + SHARE * taught.sum(0)
 
 

@@ -19,6 +19,20 @@ from eejax.training.regime import Batch, LossAux, Phase, Regime, RegimeOptions
 from eejax.training.regimes.joint import cross_entropies
 
 
+def padded(outputs: ExitOutput, exits: int) -> ExitOutput:
+    """The outputs of the first exits, and of exits that are not run: `[e, B, C]` to `[E, B, C]`.
+
+    What is not run answers with the first class, and has no memory.
+    """
+    missing, batch, classes = exits - len(outputs.logits), *outputs.logits.shape[1:]
+    answer = jnp.where(jnp.arange(classes) == 0, 0.0, -jnp.inf)[None, None]
+    logits = jnp.broadcast_to(answer, (missing, batch, classes))
+    gate = jnp.zeros((missing, batch), jnp.float32)
+    return ExitOutput(
+        jnp.concatenate([outputs.logits, logits]), jnp.concatenate([outputs.gate, gate]), ()
+    )
+
+
 def stage_and_head(share: float, e: int) -> Phase:
     """The phase of exit e, from 0."""
 
@@ -39,10 +53,6 @@ def stage_and_head(share: float, e: int) -> Phase:
         )
         value = cross_entropies(output.logits[None], batch.targets).mean()
         outputs.append(output)
-        # What is not run yet has no answer.
-        missing = network.num_exits - len(outputs)
-        empty = ExitOutput(jnp.full_like(output.logits, -jnp.inf).at[:, 0].set(0), output.gate, ())
-        outputs += [empty] * missing
         stacked = ExitOutput(
             jnp.stack([o.logits for o in outputs]), jnp.stack([o.gate for o in outputs]), ()
         )
@@ -51,7 +61,7 @@ def stage_and_head(share: float, e: int) -> Phase:
             "stages": (*stats["stages"][:e], stage_stats, *stats["stages"][e + 1 :]),
             "heads": (*stats["heads"][:e], head_stats, *stats["heads"][e + 1 :]),
         }
-        return value, LossAux(stats, stacked)
+        return value, LossAux(stats, padded(stacked, network.num_exits))
 
     def trains(variables: Variables) -> PyTree:
         exits = len(variables["params"]["stages"])
