@@ -235,6 +235,38 @@ def test_a_gate_is_linear_on_what_it_reads(gate):
     np.testing.assert_array_equal(initial(head, x, ())["gate"]["bias"], [-1])
 
 
+def test_a_gate_on_evidence_is_linear_on_this_answer_and_the_one_before():
+    head, x, before = Head(4, gate="evidence"), some(5, 2, 2, 3), 3 * some(5, 4, seed=1)
+    variables = filled(head, x, before)
+    layer = variables["params"]["gate"]
+    assert layer["kernel"].shape == initial(head, x, ())["gate"]["kernel"].shape == (7, 1)
+    for memory in (before, ()):
+        output = applied(head, variables, x, memory)
+        z = np.asarray(output.logits, np.float64)
+
+        def confidence(z):
+            p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+            return np.log1p(-np.log(1 - p.max(-1)))
+
+        agrees = z.argmax(-1) == before.argmax(-1)
+        past = [confidence(before.astype(np.float64)), agrees] if len(memory) else [0 * z[:, 0]] * 2
+        read = np.concatenate(
+            [heads.uncertainty(output.logits), np.stack([confidence(z), *past], -1)], -1
+        )
+        expected = read @ layer["kernel"][:, 0] + layer["bias"]
+        np.testing.assert_allclose(output.gate, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(output.memory, output.logits)
+    assert 0 < agrees.sum() < 5
+
+
+def test_evidence_is_finite_and_tells_confidences_close_to_one_apart():
+    sure = np.array([[30.0, 0, 0], [60, 0, 0], [1e4, -1e4, 0]], np.float32)
+    values = np.asarray(heads.evidence(jnp.asarray(sure), jnp.asarray(sure)))
+    assert np.isfinite(values).all()
+    assert values[0, 4] < values[1, 4] < values[2, 4]
+    assert np.isfinite(heads.evidence(jnp.zeros((2, 1)))).all()
+
+
 # Drawn, one class far above the others, two, and all alike.
 LOGITS = [*3 * some(3, 7), 100.0 * np.eye(7)[2] - 50, 100.0 * (np.arange(7) < 2) - 50, np.zeros(7)]
 
@@ -358,7 +390,7 @@ def test_what_a_reader_cannot_read_is_refused(module, shape, message):
 
 @pytest.mark.parametrize("gate", ["logits", True])
 def test_a_gate_on_something_else_is_refused(gate):
-    with pytest.raises(ValueError, match='"features", "uncertainty" or None'):
+    with pytest.raises(ValueError, match='"features", "uncertainty", "evidence" or None'):
         jax.eval_shape(
             lambda: Head(3, gate=gate).init(
                 jax.random.key(0), jnp.zeros((1, 2, 2, 2)), (), train=False

@@ -144,6 +144,7 @@ def _program(
         jnp.asarray(train.exit_weights or (1.0,) * model.num_exits, jnp.float32),
         train.cost_weight,
         jnp.asarray(costs(run).fractions, jnp.float32),
+        train.budget,
     )
     phases = REGIMES[train.regime].phases(options)
     rule = functools.partial(optimiser, train)
