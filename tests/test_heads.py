@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax import backbone, compact, cond, cost, loop, max_prob
+from eejax import backbone, compact, cond, cost, gate, loop, max_prob
 from eejax.evaluation.routing import route, score
 from eejax.inference.executors import full
 from eejax.models import heads
@@ -343,12 +343,15 @@ def test_no_gradient_passes_to_the_head_before():
     assert min(jax.tree.leaves(jax.tree.map(lambda x: np.abs(x).max(), gradients["stages"]))) > 0
 
 
-def test_every_executor_hands_the_memory_of_a_cascade_on():
+@pytest.mark.parametrize(
+    ("head", "policy"), [(None, max_prob), (Head(3, gate="evidence"), gate)], ids=["logits", "gate"]
+)
+def test_every_executor_hands_the_memory_of_a_cascade_on(head, policy):
     """Two programs differ in the last bits, so samples that sit on a threshold are left out."""
-    network, images = cascade(), some(30, 2, 2, 6)
+    network, images = cascade(head), some(30, 2, 2, 6)
     variables = drawn(network, images)
     trace = collect(network, variables, images, np.zeros(30, int))
-    scored = score(max_prob, trace)
+    scored = score(policy, trace)
     thresholds = np.quantile(scored.scores[:, :-1], 0.6, axis=0).astype(np.float32)
     routed = route(scored, thresholds)
     assert set(routed.exits.tolist()) == {0, 1, 2}
@@ -357,7 +360,7 @@ def test_every_executor_hands_the_memory_of_a_cascade_on():
 
     def run(variables, thresholds, images):
         return [
-            each(network, max_prob, variables, thresholds, images)
+            each(network, policy, variables, thresholds, images)
             for each in (full, cond, compact, loop)
         ]
 
