@@ -24,7 +24,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 
@@ -78,6 +78,52 @@ def expected_cost(gates: Array, cumulative_cost: Array | np.ndarray) -> Array:
     chex.assert_rank([gates, cumulative_cost], [2, 1])
     pi = jnp.exp(log_exit_distribution(gates))
     return (pi * jnp.asarray(cumulative_cost, jnp.float32)[:, None]).sum(0)
+
+
+def straight_through(gates: Array) -> Array:
+    """The exit that hard gates take, with the gradient of the soft distribution.
+
+    A sample leaves at the first exit with `g_e >= 1/2`. The value is that choice, one-hot; the
+    gradient is that of `pi` (the straight-through estimator of Bengio, Leonard, Courville, 2013,
+    https://arxiv.org/abs/1308.3432).
+
+    Args:
+      gates: `[E, B]`.
+
+    Returns:
+      `[E, B]` float32.
+    """
+    pi = jnp.exp(log_exit_distribution(gates))
+    leaves = (gates >= 0).at[-1].set(True)
+    hard = jax.nn.one_hot(leaves.argmax(0), len(gates), axis=0, dtype=jnp.float32)
+    return pi + lax.stop_gradient(hard - pi)
+
+
+def offset_for_cost(gates: Array, cumulative_cost: Array | np.ndarray, budget: float) -> Array:
+    """The number to add to all gates so that the mean expected cost of the batch is `budget`.
+
+    The mean cost falls with the offset, so bisection finds it. A budget that no offset meets gives
+    an end of the range, where nearly all samples leave at the first or the last exit.
+
+    Args:
+      gates: `[E, B]`.
+      cumulative_cost: `[E]`, as for `expected_cost`.
+      budget: in the unit of the cost.
+
+    Returns:
+      `[]` float32, without a gradient.
+    """
+    gates = lax.stop_gradient(gates.astype(jnp.float32))
+    limit = jnp.abs(gates).max() + 20
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        dear = expected_cost(gates + middle, cumulative_cost).mean() > budget
+        return jnp.where(dear, middle, low), jnp.where(dear, high, middle)
+
+    low, high = lax.fori_loop(0, 40, halve, (-limit, limit))
+    return (low + high) / 2
 
 
 def mean_exit_distribution(gates: Array) -> Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eejax import backbone, compact, cond, cost, loop, max_prob
+from eejax import backbone, compact, cond, cost, gate, loop, max_prob
 from eejax.evaluation.routing import route, score
 from eejax.inference.executors import full
 from eejax.models import heads
@@ -235,6 +235,38 @@ def test_a_gate_is_linear_on_what_it_reads(gate):
     np.testing.assert_array_equal(initial(head, x, ())["gate"]["bias"], [-1])
 
 
+def test_a_gate_on_evidence_is_linear_on_this_answer_and_the_one_before():
+    head, x, before = Head(4, gate="evidence"), some(5, 2, 2, 3), 3 * some(5, 4, seed=1)
+    variables = filled(head, x, before)
+    layer = variables["params"]["gate"]
+    assert layer["kernel"].shape == initial(head, x, ())["gate"]["kernel"].shape == (7, 1)
+    for memory in (before, ()):
+        output = applied(head, variables, x, memory)
+        z = np.asarray(output.logits, np.float64)
+
+        def confidence(z):
+            p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+            return np.log1p(-np.log(1 - p.max(-1)))
+
+        agrees = z.argmax(-1) == before.argmax(-1)
+        past = [confidence(before.astype(np.float64)), agrees] if len(memory) else [0 * z[:, 0]] * 2
+        read = np.concatenate(
+            [heads.uncertainty(output.logits), np.stack([confidence(z), *past], -1)], -1
+        )
+        expected = read @ layer["kernel"][:, 0] + layer["bias"]
+        np.testing.assert_allclose(output.gate, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(output.memory, output.logits)
+    assert 0 < agrees.sum() < 5
+
+
+def test_evidence_is_finite_and_tells_confidences_close_to_one_apart():
+    sure = np.array([[30.0, 0, 0], [60, 0, 0], [1e4, -1e4, 0]], np.float32)
+    values = np.asarray(heads.evidence(jnp.asarray(sure), jnp.asarray(sure)))
+    assert np.isfinite(values).all()
+    assert values[0, 4] < values[1, 4] < values[2, 4]
+    assert np.isfinite(heads.evidence(jnp.zeros((2, 1)))).all()
+
+
 # Drawn, one class far above the others, two, and all alike.
 LOGITS = [*3 * some(3, 7), 100.0 * np.eye(7)[2] - 50, 100.0 * (np.arange(7) < 2) - 50, np.zeros(7)]
 
@@ -311,12 +343,15 @@ def test_no_gradient_passes_to_the_head_before():
     assert min(jax.tree.leaves(jax.tree.map(lambda x: np.abs(x).max(), gradients["stages"]))) > 0
 
 
-def test_every_executor_hands_the_memory_of_a_cascade_on():
+@pytest.mark.parametrize(
+    ("head", "policy"), [(None, max_prob), (Head(3, gate="evidence"), gate)], ids=["logits", "gate"]
+)
+def test_every_executor_hands_the_memory_of_a_cascade_on(head, policy):
     """Two programs differ in the last bits, so samples that sit on a threshold are left out."""
-    network, images = cascade(), some(30, 2, 2, 6)
+    network, images = cascade(head), some(30, 2, 2, 6)
     variables = drawn(network, images)
     trace = collect(network, variables, images, np.zeros(30, int))
-    scored = score(max_prob, trace)
+    scored = score(policy, trace)
     thresholds = np.quantile(scored.scores[:, :-1], 0.6, axis=0).astype(np.float32)
     routed = route(scored, thresholds)
     assert set(routed.exits.tolist()) == {0, 1, 2}
@@ -325,7 +360,7 @@ def test_every_executor_hands_the_memory_of_a_cascade_on():
 
     def run(variables, thresholds, images):
         return [
-            each(network, max_prob, variables, thresholds, images)
+            each(network, policy, variables, thresholds, images)
             for each in (full, cond, compact, loop)
         ]
 
@@ -358,7 +393,7 @@ def test_what_a_reader_cannot_read_is_refused(module, shape, message):
 
 @pytest.mark.parametrize("gate", ["logits", True])
 def test_a_gate_on_something_else_is_refused(gate):
-    with pytest.raises(ValueError, match='"features", "uncertainty" or None'):
+    with pytest.raises(ValueError, match='"features", "uncertainty", "evidence" or None'):
         jax.eval_shape(
             lambda: Head(3, gate=gate).init(
                 jax.random.key(0), jnp.zeros((1, 2, 2, 2)), (), train=False

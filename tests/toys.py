@@ -18,7 +18,7 @@ from eejax import policies
 from eejax import trace as eejax_trace
 from eejax.evaluation import routing
 from eejax.network import EarlyExitNetwork, ExitOutput, Module
-from eejax.policies import ensembles, scheduler
+from eejax.policies import ensembles, optimal_stopping, scheduler
 from eejax.policies.base import Policy, Rule
 
 CLASSES = 3
@@ -185,6 +185,15 @@ LEARNED = scheduler.Parameters(
     mean=np.ones((6, 5)),
     std=np.full((6, 5), 2.0),
 )
+PRICED = optimal_stopping.OptimalStoppingParams(
+    weights=np.array(
+        [[[2 - k, -1, 0.5, 1, -1, e % 2, 1, 0, -1] for k in range(3)] for e in range(6)]
+    ),
+    mean=np.ones((6, 8)),
+    std=np.full((6, 8), 2.0),
+    prices=np.arange(3.0),
+    steps=np.ones(6),
+)
 WEIGHTS, BIASES = np.arange(36).reshape(6, 6) % 3 - 1, np.arange(18).reshape(6, CLASSES) % 4
 
 POLICIES = {
@@ -205,6 +214,7 @@ POLICIES = {
     ),
     "ztw": ensembles.ztw(WEIGHTS, BIASES, policies.gate),
     "scheduler": scheduler.scheduler(LEARNED),
+    "optimal stopping": optimal_stopping.optimal_stopping(PRICED),
 }
 
 # Scores or answers of the others go through exp and log, and may differ in the last bits between

@@ -7,6 +7,7 @@ gate, and optionally the logits of the head before as a further input.
     Head(10, Hidden((128,)))                    a small MLP on that
     Head(10, Convolutional())                   BranchyNet's
     Head(10, Mixed(), gate="uncertainty")       the shallow-deep network's, with a gate
+    Head(10, gate="evidence")                   a gate on this answer and on the one before
     Head(10, Tokens("attention"))               for transformers
     Head(10, cascaded=True)                     also reads the logits of the head before
 """
@@ -225,7 +226,8 @@ class Head(nn.Module):
       gate: None, a logit of zero; `"features"`, linear on the reader's vector; `"uncertainty"`,
         linear on `uncertainty(logits)`, as in JEI-DNN (Regol, Chataoui, Coates, *Jointly-learned
         exit and inference for a dynamic neural network*, ICLR 2024,
-        https://arxiv.org/abs/2310.09163).
+        https://arxiv.org/abs/2310.09163); `"evidence"`, linear on `evidence(logits, before)`, with
+        the logits of the head before as `memory`, and no gradient into either.
       cascaded: the classifier also reads the logits of the head before, normalised and without
         gradient, which travel as `memory` (Wolczyk et al., *Zero time waste*, NeurIPS 2021,
         https://arxiv.org/abs/2106.05409). The first head of a cascade has none to read.
@@ -242,7 +244,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, features: PyTree, memory: PyTree, *, train: bool) -> ExitOutput:
-        """Features to logits `[B, C]`, gate `[B]`, and the logits as memory if cascaded."""
+        """Features to logits `[B, C]`, gate `[B]`, and what the next head reads as memory."""
         if isinstance(features, list | tuple):
             features = features[-1]
         read = self.reader(features, train=train).astype(jnp.float32)
@@ -252,16 +254,24 @@ class Head(nn.Module):
             x = jnp.concatenate([read, before], axis=-1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = nn.Dense(self.classes, use_bias=self.bias, name="classifier")(x)
-        return ExitOutput(logits, self._gate(read, logits), logits if self.cascaded else ())
+        remembers = self.cascaded or self.gate == "evidence"
+        gate = self._gate(read, logits, memory)
+        return ExitOutput(logits, gate, logits if remembers else ())
 
-    def _gate(self, read: Array, logits: Array) -> Array:
+    def _gate(self, read: Array, logits: Array, memory: PyTree) -> Array:
         if self.gate is None:
             return jnp.zeros(logits.shape[0], jnp.float32)
-        if self.gate not in ("features", "uncertainty"):
-            raise ValueError(f'a gate on {self.gate!r}; give "features", "uncertainty" or None.')
+        if self.gate == "evidence":
+            before = memory if jax.tree.leaves(memory) else None
+            read = evidence(*lax.stop_gradient((logits, before)))
+        elif self.gate == "uncertainty":
+            read = uncertainty(logits)
+        elif self.gate != "features":
+            expected = '"features", "uncertainty", "evidence" or None'
+            raise ValueError(f"a gate on {self.gate!r}; give {expected}.")
         # The bias starts low, so that no exit takes most samples at the start of training.
         linear = nn.Dense(1, name="gate", bias_init=nn.initializers.constant(-1.0))
-        return linear(read if self.gate == "features" else uncertainty(logits))[:, 0]
+        return linear(read)[:, 0]
 
 
 def uncertainty(logits: Array) -> Array:
@@ -278,6 +288,32 @@ def uncertainty(logits: Array) -> Array:
     best = lax.top_k(jax.nn.softmax(logits), min(2, logits.shape[-1]))[0]
     margin = best[:, 0] - best[:, -1]
     return jnp.stack([best[:, 0], entropy(logits), margin, entropy(2 * logits)], axis=-1)
+
+
+def evidence(logits: Array, before: Array | None = None) -> Array:
+    """Seven statistics of this head's answer and of the one before, `[B, C]` to `[B, 7]`.
+
+    They are the four of `uncertainty`, the log of one plus `-log(1 - max(p))`, which tells
+    confidences close to 1 apart, the same of the head before, and whether both heads predict the
+    same class.
+
+    Args:
+      logits: `[B, C]`.
+      before: `[B, C]`, those of the head before; without it the last two are 0.
+    """
+
+    def confidence(logits: Array) -> Array:
+        top = jnp.arange(logits.shape[-1])[None] == logits.argmax(-1)[:, None]
+        others = jax.nn.logsumexp(jnp.where(top, -jnp.inf, logits), axis=-1)
+        odds = jnp.minimum(logits.max(-1) - others, 1e4)  # finite with a single class
+        return jnp.log1p(jax.nn.softplus(odds))
+
+    agrees = past = jnp.zeros(logits.shape[0], jnp.float32)
+    if before is not None:
+        past = confidence(before)
+        agrees = (logits.argmax(-1) == before.argmax(-1)).astype(jnp.float32)
+    more = jnp.stack([confidence(logits), past, agrees], axis=-1)
+    return jnp.concatenate([uncertainty(logits), more], axis=-1)
 
 
 def average_pool(x: Array, window: tuple[int, int]) -> Array:

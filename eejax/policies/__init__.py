@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import numpy as np
 from numpy.typing import ArrayLike
 
-from eejax.policies import scheduler
+from eejax.policies import optimal_stopping, scheduler
 from eejax.policies.agreement import patience
 from eejax.policies.base import NoParams, Policy, Rule, check_costs, check_thresholds, make
 from eejax.policies.baselines import RANDOM, fixed, random
@@ -49,6 +49,7 @@ __all__ = [
     "margin",
     "max_prob",
     "mean_of_experts",
+    "optimal_stopping",
     "patience",
     "product_of_experts",
     "random",
@@ -70,6 +71,7 @@ _TABLE = (
     PRODUCT_OF_EXPERTS,
     ZTW,
     scheduler.SCHEDULER,
+    optimal_stopping.OPTIMAL_STOPPING,
     fixed.rule,
     RANDOM,
 )

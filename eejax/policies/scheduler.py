@@ -28,10 +28,9 @@ from numpy.typing import ArrayLike
 from eejax.gates import log_exit_distribution
 from eejax.network import ExitOutput, PyTree
 from eejax.policies.base import Policy, Rule, check_costs, make
-from eejax.policies.confidence import entropy, margin, max_prob
+from eejax.policies.statistics import COUNT, moments, no_classes, of_trace, statistics
 from eejax.trace import Trace
 
-_STATISTICS = 5
 # Accuracy for the cost of a whole network. Below the lowest price hardly any saving pays, above the
 # highest hardly any sample survives the first exit.
 _PRICES = np.geomspace(0.01, 4, 16)
@@ -45,9 +44,7 @@ _RATE = 0.03  # of Adam, falling to zero along a cosine
 class Parameters(NamedTuple):
     """The parameters of `scheduler`.
 
-    Three statistics are of the present exit: the log of one plus the scores of `max_prob` and
-    `margin`, and the score of `entropy`. Two are of its prediction: whether the exit before
-    predicted the same class, and the share of the exits so far that did.
+    The statistics are those of `eejax.policies.statistics`.
 
     Attributes:
       weights: `[E, 6]`, of the standardised statistics and of the score at the exit before.
@@ -74,8 +71,8 @@ def scheduler(parameters: Parameters) -> Policy:
 
 def _check(params: Parameters) -> Parameters:
     weights, mean, std = (np.asarray(p, np.float32) for p in params)
-    shape = (len(weights), _STATISTICS) if weights.ndim == 2 else ()
-    if weights.shape[1:] != (_STATISTICS + 1,) or not mean.shape == std.shape == shape:
+    shape = (len(weights), COUNT) if weights.ndim == 2 else ()
+    if weights.shape[1:] != (COUNT + 1,) or not mean.shape == std.shape == shape:
         raise ValueError(
             f"weights {weights.shape}, mean {mean.shape}, std {std.shape}; give [E, 6], [E, 5] and "
             "[E, 5], as `fit` returns."
@@ -84,7 +81,7 @@ def _check(params: Parameters) -> Parameters:
 
 
 def _init(params: Parameters, batch_size: int) -> PyTree:
-    past = jnp.full((batch_size, len(params.weights)), -1, jnp.int32)
+    past = no_classes(batch_size, len(params.weights))
     return past, jnp.zeros(batch_size, jnp.float32)
 
 
@@ -97,8 +94,8 @@ def _step(
             f"a scheduler of {len(weights)} exits, and exit {e + 1}; fit one for each."
         )
     past, before = state
-    statistics, past = _statistics(output, past)
-    score = _score(weights[e], (statistics - mean[e][None]) / std[e][None], before)
+    values, past = statistics(output, past)
+    score = _score(weights[e], (values - mean[e][None]) / std[e][None], before)
     return output.logits, score, (past, score)
 
 
@@ -118,22 +115,14 @@ def fit(trace: Trace, cost: ArrayLike, steps: int = 300) -> Parameters:
     Raises:
       ValueError: if the trace is empty, logits are not finite, or the costs do not fit.
     """
-    if not len(trace.labels):
-        raise ValueError("an empty trace; give held-out samples.")
-    exits = trace.logits.shape[1]
+    values = of_trace(trace)
+    exits = len(values)
     c = check_costs(cost, exits)
-    outputs = ExitOutput(
-        jnp.asarray(trace.logits, jnp.float32).swapaxes(0, 1), jnp.asarray(trace.gates).T, ()
-    )
-    statistics = np.asarray(_all_statistics(outputs), np.float64)  # [E, N, 5]
-    if not np.isfinite(statistics).all():
-        raise ValueError("logits with NaN or infinity; the network has diverged.")
-    mean, std = statistics.mean(1), statistics.std(1)
-    std = np.where(std > 1e-6, std, 1.0)
-    standard = (statistics - mean[:, None]) / std[:, None]
+    mean, std = moments(values)
+    standard = (values - mean[:, None]) / std[:, None]
     correct = (trace.logits.argmax(-1) == trace.labels[:, None]).T
     # The score of the last exit has no effect; it stays `max_prob`.
-    weights = np.zeros((exits, _STATISTICS + 1), np.float32)
+    weights = np.zeros((exits, COUNT + 1), np.float32)
     weights[:, 0] = _SLOPE
     shares = 1 - (np.arange(len(_PRICES)) + 0.5) / len(_PRICES)
     thresholds = np.quantile(_SLOPE * standard[:-1, :, 0], shares, axis=1)  # [prices, E - 1]
@@ -187,29 +176,6 @@ def _fit(
 def _score(weights: Array, standard: Array, before: Array) -> Array:
     """`[B]`, from weights `[6]`, standardised statistics `[B, 5]` and the score before `[B]`."""
     return (standard * weights[None, :-1]).sum(-1) + before * weights[-1]
-
-
-@jax.jit
-def _all_statistics(outputs: ExitOutput) -> Array:
-    """`[E, N, 5]`, from logits `[E, N, C]`."""
-    exits, count = outputs.logits.shape[:2]
-    past, results = jnp.full((count, exits), -1, jnp.int32), []
-    for e in range(exits):
-        statistics, past = _statistics(jax.tree.map(lambda x, e=e: x[e], outputs), past)
-        results.append(statistics)
-    return jnp.stack(results)
-
-
-def _statistics(output: ExitOutput, past: Array) -> tuple[Array, Array]:
-    """`[B, 5]`, and the classes so far, `[B, E]` int32, latest first, -1 for later exits."""
-    now = output.logits.argmax(-1).astype(jnp.int32)
-    agrees = (now == past[:, 0]).astype(jnp.float32)
-    past = jnp.concatenate([now[:, None], past[:, :-1]], axis=1)
-    votes = (past == now[:, None]).sum(-1).astype(jnp.float32)
-    share = votes / (past >= 0).sum(-1).astype(jnp.float32)
-    # Scores in nats reach 1e38; their logs do not, and are in the same order.
-    nats = [jnp.log1p(policy.step(output, (), 0)[1]) for policy in (max_prob, margin)]
-    return jnp.stack([*nats, entropy.step(output, (), 0)[1], agrees, share], axis=-1), past
 
 
 SCHEDULER = Rule("scheduler", _init, _step, Parameters, _check, fit)

@@ -108,11 +108,13 @@ class RegimeOptions(NamedTuple):
       cost_weight: lambda, the price of the expected cost in the losses that train the gate; 0
         leaves the term out.
       cumulative_cost: `[E]`, the cost of leaving at each exit as a fraction of the whole network.
+      budget: the mean cost that `soft_budget` holds the gates at, as such a fraction.
     """
 
     exit_weights: Array
     cost_weight: float
     cumulative_cost: Array
+    budget: float = 0.5
 
 
 class Regime(NamedTuple):

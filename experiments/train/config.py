@@ -45,7 +45,10 @@ class NetworkConfig:
     """Further arguments of the family, name=value: size=S patch=8; exits=5 for five spread evenly,
     exits=all."""
     gate: bool = True
-    """Heads learn a gate. A soft regime needs it."""
+    """Heads learn a gate. The regimes soft_* and joint_gates need it."""
+    gate_reads: Literal["features", "uncertainty", "evidence"] = "features"
+    """What the gate is linear on: the head's features; statistics of its probabilities; or those
+    and the answer of the head before, without gradient."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the backbone; parameters and heads stay float32."""
 
@@ -86,13 +89,16 @@ class TrainConfig:
     """How the network is trained."""
 
     regime: RegimeName = "soft_auxiliary"
-    """How the exits are trained: docs/train.md has the formula and source of each. soft_* train
-    gates."""
+    """How the exits are trained: docs/train.md has the formula and source of each. soft_* and
+    joint_gates train gates."""
     exit_weights: tuple[float, ...] | Literal["equal", "linear"] = ()
     """Weight of each exit's cross-entropy: equal, 1 for each, which is the default; linear, in
     proportion to the exit's number; or a number for each."""
     cost_weight: float = 0.0
-    """Soft regimes: lambda, the price of the expected cost (1 is the whole network's)."""
+    """Soft regimes and joint_gates: lambda, the price of the expected cost (1 is the whole
+    network's)."""
+    budget: float = 0.5
+    """soft_budget: the mean cost that the gates are held at while they learn."""
     label_smoothing: float = 0.1
     """Share of each target that is spread over all classes."""
     epochs: int = 10
@@ -135,6 +141,8 @@ def check(network: NetworkConfig, train: TrainConfig) -> None:
     fields = "epochs batch learning_rate adam_learning_rate steps_per_dispatch"
     require_positive("train", train, fields)
     require_not_negative("train", train, "weight_decay cost_weight checkpoint_seconds")
+    fields = "budget"
+    require_all("train", train, fields, lambda value: 0 < value <= 1, "something in (0, 1]")
     fields = "label_smoothing warmup momentum"
     require_all("train", train, fields, lambda value: 0 <= value < 1, "something in [0, 1)")
 
@@ -195,7 +203,7 @@ def network_arguments(config: NetworkConfig, link: str | None = None) -> dict[st
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[name] = value
-    gate = "features" if config.gate else None
+    gate = config.gate_reads if config.gate else None
     linked = {} if link is None else {"link": link}
     return {**arguments, "gate": gate, "dtype": config.dtype, **linked}
 

@@ -150,6 +150,7 @@ def _program(
         jnp.asarray(exit_weights(train.exit_weights, model.num_exits), jnp.float32),
         train.cost_weight,
         jnp.asarray(costs(run).fractions, jnp.float32),
+        train.budget,
     )
     phases = REGIMES[train.regime].phases(options)
     rule = functools.partial(optimiser, train)

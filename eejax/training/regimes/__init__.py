@@ -11,6 +11,7 @@ from eejax.training.regimes import (
     gradient_fusion,
     hinted,
     joint,
+    joint_gates,
     layerwise,
     local,
     mixed,
@@ -19,9 +20,14 @@ from eejax.training.regimes import (
     sample_weights,
     sdn,
     self_distilled,
+    soft_annealed,
     soft_auxiliary,
+    soft_budget,
+    soft_distilled,
+    soft_floor,
     soft_literal,
     soft_mixture,
+    soft_straight_through,
     ztw,
 )
 
@@ -47,6 +53,12 @@ REGIMES: dict[str, Regime] = {
     "soft_literal": soft_literal.REGIME,
     "soft_auxiliary": soft_auxiliary.REGIME,
     "soft_mixture": soft_mixture.REGIME,
+    "soft_floor": soft_floor.REGIME,
+    "soft_annealed": soft_annealed.REGIME,
+    "soft_straight_through": soft_straight_through.REGIME,
+    "soft_distilled": soft_distilled.REGIME,
+    "soft_budget": soft_budget.REGIME,
+    "joint_gates": joint_gates.REGIME,
 }
 
 __all__ = ["REGIMES"]

@@ -41,12 +41,29 @@ def all_at_once(
         batch is minimised.
     """
 
+    return along(lambda outputs, targets, options, progress: losses(outputs, targets, options))
+
+
+def along(
+    losses: Callable[[ExitOutput, Array, RegimeOptions, Array], Array],
+) -> Callable[[RegimeOptions], tuple[Phase, ...]]:
+    """As `all_at_once`, with losses that change along the training.
+
+    Args:
+      losses: `losses(outputs, targets, options, progress) -> [B]`, the progress in [0, 1).
+    """
+
     def phases(options: RegimeOptions) -> tuple[Phase, ...]:
         def loss(
-            network: EarlyExitNetwork, variables: Variables, batch: Batch, key: Array, _: Array
+            network: EarlyExitNetwork,
+            variables: Variables,
+            batch: Batch,
+            key: Array,
+            progress: Array,
         ) -> tuple[Array, LossAux]:
             outputs, batch_stats = network.apply_all(variables, batch.images, train=True, key=key)
-            return losses(outputs, batch.targets, options).mean(), LossAux(batch_stats, outputs)
+            values = losses(outputs, batch.targets, options, progress)
+            return values.mean(), LossAux(batch_stats, outputs)
 
         return (Phase(1.0, loss),)
 
