@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -159,7 +160,7 @@ def _macs(run: trained.TrainRun) -> float:
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     names = ("dtype", "exits", "ms a step", "spread", "images/s", "M macs")
-    table = Table(*names, "time ratio", "macs ratio", "overhead")
+    table = Table(*names, "x time", "x macs", "overhead", box=box.SIMPLE)
     for row in rows:
         ratios = (row.get(name) for name in ("time_ratio", "macs_ratio", "overhead"))
         table.add_row(
