@@ -11,7 +11,7 @@ Scardapane, Comminiello, Scarpiniti, Baccarelli, Uncini, *Differentiable branchi
 for fast inference*, ICASSP 2020, 4167-4171,
 https://sigport.org/documents/differentiable-branching-deep-networks-fast-inference.
 
-No replication of this network is known to us. It was run here only briefly, on a part of CIFAR-10.
+No replication of this network is known to us. Not run to an end here.
 
 Ours, not the paper's: the number of epochs, the learning rate and its schedule, a price of 0.1 of
 the expected cost, the heads of the family, shift and flip. Figures: docs/icassp2020.md.
