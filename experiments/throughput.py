@@ -17,7 +17,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -159,8 +158,8 @@ def _macs(run: trained.TrainRun) -> float:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    names = ("dtype", "exits", "ms a step", "spread", "images/s", "M macs")
-    table = Table(*names, "x time", "x macs", "overhead", box=box.SIMPLE)
+    names = ("dtype", "exits", "ms", "spread", "images/s", "M macs")
+    table = Table(*names, "x time", "x macs", "overhead", box=None, pad_edge=False)
     for row in rows:
         ratios = (row.get(name) for name in ("time_ratio", "macs_ratio", "overhead"))
         table.add_row(
