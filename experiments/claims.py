@@ -224,12 +224,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
     epochs = len(rows[0]["train_loss"]) - 1
     depth = len(rows[0]["gradients"][0])
-    times = list(dict.fromkeys([0, 1, epochs // 2, epochs]))
-    for t in times:
+    for t in sorted({0, 1, epochs // 2, epochs}):
         for d in dict.fromkeys([0, depth // 2, depth - 1]):
             name = f"gradient norm, block {d + 1}, epoch {t}"
             line(name, lambda row, t=t, d=d: row["gradients"][t][d], ".2e")
-    for t in dict.fromkeys([1, epochs // 4, epochs // 2, epochs]):
+    for t in sorted({1, max(epochs // 4, 1), max(epochs // 2, 1), epochs}):
         line(f"train loss, epoch {t}", lambda row, t=t: row["train_loss"][t], ".3f")
         line(f"test accuracy %, epoch {t}", lambda row, t=t: 100 * row["test_accuracy"][t], ".1f")
     line("train accuracy %, end", lambda row: 100 * row["train_accuracy"][-1], ".1f")
