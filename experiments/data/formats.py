@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from experiments.data.cache import Decoded
 
@@ -89,6 +88,8 @@ def read_image_folders(paths: Sequence[Path]) -> Decoded:
       ValueError: if the archive lacks a split, its splits have different classes, or an image
         cannot be decoded or differs in size.
     """
+    from PIL import Image
+
     (path,) = paths
     found: dict[str, list[tuple[str, np.ndarray]]] = {"train": [], "test": []}
     try:
