@@ -46,7 +46,11 @@ def test_a_configuration_file_is_taken_and_overridden(tmp_path):
     assert (run.seed, run.train.batch, run.data.name) == (7, 64, "digits")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted(CONFIGS.glob("*.py")), *sorted(CONFIGS.glob("icassp2020/*.py"))],
+    ids=lambda p: p.stem,
+)
 def test_every_configuration_file_can_be_run(path):
     check(load_config(path, Config))
     text = path.read_text()

@@ -8,7 +8,7 @@ from typing import Literal
 
 from experiments.checks import require, require_not_negative, require_positive
 
-DatasetName = Literal["auto", "cifar10", "cifar100", "fashion_mnist", "digits"]
+DatasetName = Literal["auto", "cifar10", "cifar100", "cinic10", "fashion_mnist", "digits"]
 
 
 @dataclass(frozen=True)

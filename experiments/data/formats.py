@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import logging
 import pickle
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,51 @@ def read_cifar(
         )
     except (KeyError, TypeError, ValueError, EOFError, OSError, tarfile.TarError) as error:
         raise ValueError(f"{path} is damaged or another file: {reason(error)}") from error
+
+
+def read_image_folders(paths: Sequence[Path]) -> Decoded:
+    """Reads CINIC-10: PNGs in `train/CLASS/`, `valid/CLASS/` and `test/CLASS/` of one archive.
+
+    Darlow, Crowley, Antoniou, Storkey, *CINIC-10 is not ImageNet or CIFAR-10*, 2018,
+    https://arxiv.org/abs/1810.03505. `valid` is left out: splits are cut from `train`, as for other
+    data sets. Grey images become RGB. The labels follow the alphabetical order of the classes.
+
+    Args:
+      paths: the one `.tar.gz`.
+
+    Raises:
+      ValueError: if the archive lacks a split, its splits have different classes, or an image
+        cannot be decoded or differs in size.
+    """
+    from PIL import Image
+
+    (path,) = paths
+    found: dict[str, list[tuple[str, np.ndarray]]] = {"train": [], "test": []}
+    try:
+        with tarfile.open(path, "r|gz") as tar:
+            for member in tar:
+                split, label, file = ("", "", *PurePosixPath(member.name).parts)[-3:]
+                # A leading dot marks the companion files that tar writes on macOS.
+                wanted = member.isfile() and file.endswith(".png") and not file.startswith(".")
+                if wanted and split in found and (content := tar.extractfile(member)) is not None:
+                    with Image.open(io.BytesIO(content.read()), formats=["PNG"]) as image:
+                        found[split].append((label, np.asarray(image.convert("RGB"))))
+        classes = {split: sorted({label for label, _ in rows}) for split, rows in found.items()}
+        if not classes["train"] or classes["train"] != classes["test"]:
+            raise ValueError(f"train has the classes {classes['train']}, test {classes['test']}")
+        number = {label: i for i, label in enumerate(classes["train"])}
+        parts = [
+            array
+            for rows in found.values()
+            for array in (
+                np.stack([image for _, image in rows]),
+                np.asarray([number[label] for label, _ in rows], np.int32),
+            )
+        ]
+    except (ValueError, EOFError, OSError, SyntaxError, tarfile.TarError) as error:
+        raise ValueError(f"{path} is damaged or another file: {reason(error)}") from error
+    words = f"the publisher's archive {path.name}"
+    return Decoded(*parts, classes=tuple(number), source=words)
 
 
 def read_idx(paths: Sequence[Path], *, classes: tuple[str, ...]) -> Decoded:

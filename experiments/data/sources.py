@@ -51,6 +51,7 @@ class Spec(NamedTuple):
 
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz/"
+_CINIC = "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/"
 _FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 
 SPECS = {
@@ -80,6 +81,13 @@ SPECS = {
             meta="meta",
             prefix="fine_",
         ),
+    ),
+    "cinic10": Spec(
+        title="CINIC-10",
+        image_shape=(32, 32, 3),
+        num_classes=10,
+        archives=(Archive(_CINIC + "CINIC-10.tar.gz", "6ee4d0c996905fe93221de577967a372"),),
+        read=formats.read_image_folders,
     ),
     "fashion_mnist": Spec(
         title="Fashion-MNIST",

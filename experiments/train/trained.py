@@ -77,7 +77,7 @@ def trained(
       CheckpointError: if there are checkpoints and none can be read.
       loop.Stopped: after SIGTERM or SIGINT; the state is saved.
     """
-    data, model, (init, train_steps, learning_rate) = dataset(run), network(run), _program(run)
+    data, model, (init, train_steps, learning_rate) = dataset(run), network(run), program(run)
 
     def held_out_accuracy(state: TrainState) -> list[float]:
         trace = collect(model, state.variables, *data.calibrate)
@@ -137,7 +137,7 @@ def _costs(run: TrainRun, link: str | None) -> cost.Costs:
 
 
 @functools.cache
-def _program(
+def program(
     run: TrainRun,
 ) -> tuple[
     Callable[[Array], TrainState], Callable[..., tuple[TrainState, Metrics]], optax.Schedule
