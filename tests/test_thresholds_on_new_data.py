@@ -41,7 +41,7 @@ def test_the_default_beats_the_search_over_outcomes_on_new_data(new):
             chosen = [s.for_budget(budget) for s in (smooth, exact)]
             # On the chosen samples it is the other way round.
             assert chosen[0].accuracy <= chosen[1].accuracy
-            on_new = [evaluate(*new, COST, c.thresholds) for c in chosen]
+            on_new = [evaluate(new[0], new[1], COST, c.thresholds) for c in chosen]
             gains.append(on_new[0].accuracy - on_new[1].accuracy)
     assert np.mean(gains) > 0.003
 
@@ -61,7 +61,7 @@ def test_a_drop_is_kept_as_often_as_it_is_said(new, confidence, fewest, most):
     for seed in range(60):
         scores, chance = drawn(seed, 500)
         choice = for_drop(scores, outcomes(seed, chance), COST, 0.02, confidence)
-        on_new = evaluate(*new, COST, choice.thresholds)
+        on_new = evaluate(new[0], new[1], COST, choice.thresholds)
         kept.append(on_new.accuracy >= last - 0.02)
         costs.append(on_new.mean_cost)
     assert fewest <= np.mean(kept) <= most
@@ -109,7 +109,7 @@ def test_forecasts_cover_what_is_expected_on_new_data(new):
         searched = search(scores, outcomes(seed, chance), COST)
         chosen = searched.for_budget(0.6)
         forecast = searched.forecast(lambda s: s.for_budget(0.6), confidence=0.9)
-        on_new = evaluate(*new, COST, chosen.thresholds)
+        on_new = evaluate(new[0], new[1], COST, chosen.thresholds)
         accuracy.append(forecast.accuracy[0] <= on_new.accuracy <= forecast.accuracy[1])
         cost.append(forecast.mean_cost[0] <= on_new.mean_cost <= forecast.mean_cost[1])
         width = forecast.accuracy[1] - forecast.accuracy[0]
