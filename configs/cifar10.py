@@ -18,8 +18,14 @@ from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
     data=DataConfig(name="cifar10"),
-    network=NetworkConfig(name="fast", width=64, exits=(2, 3, 4)),
+    network=NetworkConfig(name="fast", width=32, exits=(2, 3, 4)),
     train=TrainConfig(
-        regime="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=9
+        regime="joint",
+        exit_weights=(0.3, 0.3, 0.3, 1.0),
+        label_smoothing=0.2,
+        epochs=6,
+        batch=128,
+        learning_rate=0.05,
+        warmup=0.2,
     ),
 )

@@ -11,8 +11,14 @@ from experiments.train.config import NetworkConfig, TrainConfig
 
 config = Config(
     data=DataConfig(name="fashion_mnist"),
-    network=NetworkConfig(name="fast", width=32, exits=(2, 3, 4)),
+    network=NetworkConfig(name="fast", width=16, exits=(2, 3, 4)),
     train=TrainConfig(
-        regime="soft_auxiliary", exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=5
+        regime="joint",
+        exit_weights=(0.3, 0.3, 0.3, 1.0),
+        label_smoothing=0.2,
+        epochs=4,
+        batch=128,
+        learning_rate=0.05,
+        warmup=0.2,
     ),
 )

@@ -86,7 +86,11 @@ class EarlyExitNetwork:
         return len(self.stages)
 
     def init(self, key: Array, images: Array) -> Variables:
-        """Initial variables, from a key and images `[B, ...]`, whose values do not matter."""
+        """Initial variables, from a key and images `[B, ...]`.
+
+        The images' values matter to layers that begin with statistics of their input, such as
+        `eejax.models.fast.Whitening`, and to no others.
+        """
         stages, heads = [], []
         features, memory = images, ()
         for stage, head in zip(self.stages, self.heads, strict=True):

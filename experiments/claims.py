@@ -39,6 +39,7 @@ from experiments.data.config import DataConfig
 from experiments.data.config import check as check_data
 from experiments.files import write_json
 from experiments.latency.arguments import check_parents
+from experiments.memory import use_huge_pages
 from experiments.report.environment import describe
 from experiments.train.augment import epoch_order
 from experiments.train.config import TrainConfig
@@ -271,4 +272,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -190,7 +190,42 @@ def depthwise() -> Iterator[Line]:
         yield from _timed(names, calls, 5)
 
 
-BENCHMARKS = {f.__name__: f for f in (dispatch, heads, scores, packing, depth, depthwise)}
+def convolutions() -> Iterator[Line]:
+    """The 3x3 convolutions of the fast network, forward and the gradients by input and kernel."""
+    for side, inputs, outputs in ((31, 24, 32), (15, 32, 128), (7, 128, 128)):
+        for batch in (64, 128, 512):
+            x = jax.random.normal(jax.random.key(0), (batch, side, side, inputs))
+            kernel = jax.random.normal(jax.random.key(1), (3, 3, inputs, outputs))
+            change = jax.random.normal(jax.random.key(2), (batch, side, side, outputs))
+
+            def by_input(x: Array, kernel: Array, change: Array) -> Array:
+                return jax.vjp(_convolved, x, kernel)[1](change)[0]
+
+            def by_kernel(x: Array, kernel: Array, change: Array) -> Array:
+                return jax.vjp(_convolved, x, kernel)[1](change)[1]
+
+            options = compiler_options()
+            forward = functools.partial(jax.jit(_convolved, compiler_options=options), x, kernel)
+            calls = [forward]
+            for gradient in (by_input, by_kernel):
+                compiled = jax.jit(gradient, compiler_options=options)
+                calls.append(functools.partial(compiled, x, kernel, change))
+            what = f"{side}x{side}, {inputs} to {outputs}, batch {batch}"
+            names = [f"{what}, {kind}" for kind in ("forward", "by input", "by kernel")]
+            operations = 2 * batch * side**2 * 9 * inputs * outputs  # padding included
+            for name, ms, _ in _timed(names, calls, 9):
+                yield name, 1e-6 * operations / ms, "GFLOP/s"
+
+
+def _convolved(x: Array, kernel: Array) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+BENCHMARKS = {
+    f.__name__: f for f in (dispatch, heads, scores, packing, depth, depthwise, convolutions)
+}
 
 
 def main(argv: Sequence[str]) -> int:

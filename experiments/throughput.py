@@ -29,6 +29,7 @@ from experiments.data.config import DataConfig
 from experiments.data.config import check as check_data
 from experiments.files import write_json
 from experiments.latency.arguments import check_parents
+from experiments.memory import use_huge_pages
 from experiments.report.environment import describe
 from experiments.train import trained
 from experiments.train.config import PLAIN_REGIME, NetworkConfig, TrainConfig
@@ -175,4 +176,5 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from experiments.train import augment
 
 
 def reference(images, draws, cutout, fill):
-    """Pixel by pixel: pad by reflection, cut out the shifted view, mirror it, blank the square."""
+    """Pixel by pixel: pad by reflection, cut out the shifted view, blank the square."""
     batch, height, width, _ = images.shape
     out = np.empty_like(images)
     for b in range(batch):
@@ -24,8 +24,7 @@ def reference(images, draws, cutout, fill):
         )
         top = vertical + int(draws.shift[b, 0])
         left = horizontal + int(draws.shift[b, 1])
-        view = padded[top : top + height, left : left + width]
-        out[b] = view[:, ::-1] if draws.flip[b] else view
+        out[b] = padded[top : top + height, left : left + width]
         for i in range(height):
             for j in range(width):
                 from_top = i - (int(draws.centre[b, 0]) - cutout // 2)
@@ -51,11 +50,8 @@ def test_transform_equals_the_reference(data):
         return st.lists(pair, min_size=batch, max_size=batch)
 
     shift = data.draw(pairs((1 - height, 1 - width), (height - 1, width - 1)))
-    flip = data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
     centre = data.draw(pairs((0, 0), (height - 1, width - 1)))
-    draws = augment.Draws(
-        jnp.asarray(shift, jnp.int32), jnp.asarray(flip), jnp.asarray(centre, jnp.int32)
-    )
+    draws = augment.Draws(jnp.asarray(shift, jnp.int32), jnp.asarray(centre, jnp.int32))
     images = some_images(data.draw(st.integers(0, 99)), batch, height, width, channels)
     fast = augment.transform(jnp.asarray(images), draws, cutout=cutout, fill=fill)
     assert fast.dtype == jnp.uint8
@@ -66,10 +62,10 @@ def test_augment_is_draw_then_transform_also_when_compiled():
     images = some_images(0, 64, 8, 8, 3)
     key, fill = jax.random.key(3), (10, 20, 30)
     compiled = jax.jit(
-        lambda key, images: augment.augment(key, images, flip=True, shift=2, cutout=3, fill=fill)
+        lambda key, images: augment.augment(key, images, shift=2, cutout=3, fill=fill)
     )
     out = compiled(key, jnp.asarray(images))
-    draws = jax.tree.map(np.asarray, augment.draw(key, 64, 8, 8, flip=True, shift=2))
+    draws = jax.tree.map(np.asarray, augment.draw(key, 64, 8, 8, shift=2))
     np.testing.assert_array_equal(out, reference(images, draws, 3, fill))
     again = compiled(key, jnp.asarray(images))
     other = compiled(jax.random.key(4), jnp.asarray(images))
@@ -78,13 +74,10 @@ def test_augment_is_draw_then_transform_also_when_compiled():
 
 
 def test_draws_cover_their_whole_range_and_no_more():
-    draws = jax.tree.map(
-        np.asarray, augment.draw(jax.random.key(0), 2_000, 5, 9, flip=True, shift=2)
-    )
+    draws = jax.tree.map(np.asarray, augment.draw(jax.random.key(0), 2_000, 5, 9, shift=2))
     for axis, size in enumerate((5, 9)):
         assert set(draws.shift[:, axis]) == {-2, -1, 0, 1, 2}
         assert set(draws.centre[:, axis]) == set(range(size))
-    assert 0.4 < draws.flip.mean() < 0.6
     # Rows and columns are drawn apart: equal ones by chance only (1 in 5).
     assert np.mean(draws.shift[:, 0] == draws.shift[:, 1]) < 0.3
 
@@ -92,16 +85,27 @@ def test_draws_cover_their_whole_range_and_no_more():
 def test_what_is_switched_off_is_off():
     images = jnp.asarray(some_images(1, 16, 6, 6, 1))
     key = jax.random.key(0)
-    same = augment.augment(key, images, flip=False, shift=0, cutout=0, fill=(0,))
+    same = augment.augment(key, images, shift=0, cutout=0, fill=(0,))
     np.testing.assert_array_equal(same, images)
-    flipped = np.asarray(augment.augment(key, images, flip=True, shift=0, cutout=0, fill=(0,)))
-    for before, after in zip(np.asarray(images), flipped, strict=True):
-        assert np.array_equal(before, after) or np.array_equal(before[:, ::-1], after)
-    blanked = np.asarray(augment.augment(key, images, flip=False, shift=0, cutout=2, fill=(7,)))
+    blanked = np.asarray(augment.augment(key, images, shift=0, cutout=2, fill=(7,)))
     changed = (blanked != np.asarray(images)).sum(axis=(1, 2, 3))
     assert changed.max() <= 4
     assert changed.max() > 0
-    assert not augment.draw(key, 16, 6, 6, flip=False, shift=0).flip.any()
+    assert not augment.draw(key, 16, 6, 6, shift=0).shift.any()
+
+
+def test_images_are_mirrored_in_every_other_epoch():
+    images = some_images(2, 200, 3, 4, 3)
+    first, second, third = (
+        np.asarray(augment.mirrored(jax.random.key(5), jnp.asarray(images), epoch))
+        for epoch in range(3)
+    )
+    moved = (first != images).any((1, 2, 3))
+    assert 70 < moved.sum() < 130
+    np.testing.assert_array_equal(first[moved], images[moved][:, :, ::-1])
+    np.testing.assert_array_equal(second[moved], images[moved])
+    np.testing.assert_array_equal(second[~moved], images[~moved][:, :, ::-1])
+    np.testing.assert_array_equal(third, first)
 
 
 @pytest.mark.parametrize(
@@ -115,16 +119,14 @@ def test_what_is_switched_off_is_off():
     ],
 )
 def test_wrong_settings_are_named(change, message):
-    settings = {"flip": True, "shift": 1, "cutout": 0, "fill": (1, 2, 3)} | change
+    settings = {"shift": 1, "cutout": 0, "fill": (1, 2, 3)} | change
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         augment.augment(jax.random.key(0), jnp.zeros((2, 8, 6, 3), jnp.uint8), **settings)
 
 
 def test_float_images_are_refused():
     with pytest.raises(ValueError, match="float32"):
-        augment.augment(
-            jax.random.key(0), jnp.zeros((2, 4, 4, 1)), flip=True, shift=1, cutout=0, fill=(0,)
-        )
+        augment.augment(jax.random.key(0), jnp.zeros((2, 4, 4, 1)), shift=1, cutout=0, fill=(0,))
 
 
 def test_epoch_order_is_a_permutation_less_the_remainder():

@@ -12,12 +12,13 @@ import optax
 import pytest
 import toys
 from flax.errors import InvalidRngError
+from jax import lax
 
 from eejax import compact, cond, cost, loop, max_prob
 from eejax.evaluation.routing import route, score
 from eejax.inference import compaction
 from eejax.models import FAMILIES, build
-from eejax.models.fast import Stem, fast
+from eejax.models.fast import Whitening, fast, identity
 from eejax.models.layers import convolved, drop_branch, shifted
 from eejax.models.resnet import resnet
 from eejax.trace import recorded
@@ -126,10 +127,13 @@ def test_a_step_trains_every_parameter_with_the_published_regularisation(name, d
         assert np.isfinite(gradient).all(), jax.tree_util.keystr(path)
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
-    for old, new in zip(
-        jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(stats), strict=True
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(variables["batch_stats"]),
+        jax.tree.leaves(stats),
+        strict=True,
     ):
-        assert not np.array_equal(old, new)
+        fixed = "kernel" in jax.tree_util.keystr(path)  # of a whitening
+        assert np.array_equal(old, new) == fixed
         assert new.dtype == jnp.float32
 
 
@@ -291,15 +295,40 @@ def test_sizes_that_make_no_network_are_refused(name, arguments, said):
         FAMILIES[name].build(4, **arguments)
 
 
-def test_odd_images_lose_a_row_and_a_column_where_they_are_folded():
-    image = jax.random.normal(jax.random.key(1), (1, 17, 19, 3))
-    stem = Stem(4)
-    variables = stem.init(jax.random.key(0), image, train=False)
-    cropped, even = (stem.apply(variables, x, train=False) for x in (image, image[:, :16, :18]))
-    np.testing.assert_array_equal(cropped, even)  # pyright: ignore[reportArgumentType]
-    odd = jax.ShapeDtypeStruct((2, 33, 33, 3), jnp.float32)
-    alone = shapes(fast(4, image=(33, 33, 3), width=4), odd)
-    assert jax.tree.map(jnp.shape, alone) == jax.tree.map(jnp.shape, shapes(fast(4, width=4)))
+def test_whitening_makes_patches_independent_and_is_not_trained():
+    images = np.random.default_rng(0).normal(3, 2, (50, 9, 8, 3))
+    images[..., 1] += images[..., 0]  # correlated channels
+    images = jnp.asarray(images, jnp.float32)
+    layer = Whitening()
+    variables = layer.init(jax.random.key(0), images, train=False)
+    assert "params" not in variables
+    kernel = variables["batch_stats"]["kernel"]
+    assert kernel.shape == (2, 2, 3, 24)
+    projected = lax.conv_general_dilated(
+        images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    covariance = np.cov(np.asarray(projected[..., :12], np.float64).reshape(-1, 12).T)
+    np.testing.assert_allclose(covariance, np.eye(12), atol=5e-3)
+    np.testing.assert_array_equal(projected[..., 12:], -projected[..., :12])
+    out, after = layer.apply(variables, 2 * images, train=True, mutable=["batch_stats"])
+    assert out.shape == (50, 8, 7, 24)
+    np.testing.assert_array_equal(after["batch_stats"]["kernel"], kernel)
+
+
+def test_whitening_of_images_without_variance_is_finite():
+    images = jnp.full((2, 4, 4, 1), 7.0)
+    kernel = Whitening().init(jax.random.key(0), images, train=False)["batch_stats"]["kernel"]
+    assert np.isfinite(kernel).all()
+
+
+def test_a_block_begins_as_the_identity():
+    x = jax.random.normal(jax.random.key(1), (2, 5, 5, 3))
+    kernel = identity(jax.random.key(0), (3, 3, 3, 5))
+    out = lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_array_equal(out[..., :3], x)
+    assert np.abs(out[..., 3:]).min() > 0
 
 
 def test_resnet_56_costs_what_a_count_by_hand_gives():
@@ -321,10 +350,10 @@ def test_resnet_56_costs_what_a_count_by_hand_gives():
     assert by_hand < macs < 1.03 * by_hand
 
 
-@pytest.mark.parametrize("exits", [(), (1,), (2, 3), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("exits", [(), (1,), (2, 3), (1, 2, 3, 4, 5, 6)])
 def test_exits_sit_where_they_are_asked_for_and_the_last_is_always_there(exits):
     network = fast(7, width=4, exits=exits)
-    assert network.num_exits == len({*exits, 5})
+    assert network.num_exits == len({*exits, 6})
     outputs = jax.eval_shape(
         lambda key, x: network.apply_all(network.init(key, x), x)[0], jax.random.key(0), IMAGE
     )

@@ -109,6 +109,7 @@ def run(train_steps):
             KEY,
             made_split(),
             TrainConfig(epochs=epochs, batch=BATCH, steps_per_dispatch=3, checkpoint_seconds=every),
+            flip=True,
             workdir=workdir,
             watch=lambda state: [0.0, 0.5, 1.0],
             learning_rate=lambda step: 1e-2,

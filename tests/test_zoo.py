@@ -3,16 +3,22 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from eejax.models import FAMILIES
+from eejax.models.fast import whitening
 from experiments import models
 from experiments.cifar import __main__ as cifar
 from experiments.cifar import config as cifar_config
 from experiments.cifar.config import Config, check
 from experiments.command_line import CONFIGS
 from experiments.compare import config as compare_config
-from experiments.train.config import NetworkConfig, build_network, narrowed
+from experiments.data.config import DataConfig
+from experiments.train import trained
+from experiments.train.config import NetworkConfig, TrainConfig, build_network, narrowed
 
 DOCS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
 
@@ -129,3 +135,19 @@ def test_compiling_is_timed(capsys):
     assert re.fullmatch(r"\| `lenet` \|( \d+\.\d \|){4}", last)
     assert models.main(["nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_the_experiments_whiten_by_training_images():
+    run = trained.TrainRun(
+        DataConfig(name="digits", calibrate=100, choose=100),
+        NetworkConfig(width=2, exits=(2,)),
+        TrainConfig(batch=64, epochs=1),
+    )
+    init, _, _ = trained.program(run)
+    stats = init(jax.random.key(0)).batch_stats["stages"][0]
+    kernels = [leaf for leaf in jax.tree.leaves(stats) if leaf.ndim == 4]
+    data = trained.dataset(run)
+    images = (data.train.images[:1_000] - np.float32(data.mean)) / np.float32(data.std)
+    # The sign of a component is arbitrary.
+    expected = np.abs(whitening(jnp.asarray(images)))
+    np.testing.assert_allclose(np.abs(kernels[0]), expected, rtol=1e-2, atol=1e-2)

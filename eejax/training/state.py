@@ -49,7 +49,8 @@ def init_state(
       network: E exits.
       optimiser: of any number of steps; the state does not depend on the schedule.
       key: of the initial parameters.
-      images: `[B, ...]`, of which only shape and dtype count.
+      images: `[B, ...]`, for `network.init`: some hundred of the training split if a layer begins
+        with their statistics, else any.
       begin: of the regime's first phase.
     """
 

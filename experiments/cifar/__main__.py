@@ -15,6 +15,7 @@ from eejax.checkpoint import CheckpointError
 from experiments.cifar import job
 from experiments.cifar.config import parse
 from experiments.command_line import execute
+from experiments.memory import use_huge_pages
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,4 +31,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from experiments.command_line import execute
 from experiments.compare import job
 from experiments.compare.config import parse
+from experiments.memory import use_huge_pages
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,4 +28,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main(sys.argv[1:]))

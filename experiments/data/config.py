@@ -33,7 +33,7 @@ class DataConfig:
     limit: int | None = None
     """Use at most this many training images (a quick look, not a result)."""
     flip: bool = True
-    """Augmentation: mirror left-right at random."""
+    """Augmentation: mirror half of the images left-right, and in the next epoch the other half."""
     shift: int = 2
     """Augmentation: shift by up to this many pixels, the border reflected."""
     cutout: int = 0

@@ -18,32 +18,28 @@ class Draws(NamedTuple):
 
     Attributes:
       shift: `[B, 2]` int32, rows and columns by which the view moves, each in [-shift, shift].
-      flip: `[B]` bool, mirrored left-right.
       centre: `[B, 2]` int32, row and column of the cutout's centre.
     """
 
     shift: jax.Array
-    flip: jax.Array
     centre: jax.Array
 
 
-def draw(key: jax.Array, batch: int, height: int, width: int, *, flip: bool, shift: int) -> Draws:
+def draw(key: jax.Array, batch: int, height: int, width: int, *, shift: int) -> Draws:
     """Draws the random choices for `batch` images of `height` x `width` pixels.
 
-    Switching one of them off leaves the draws of the others as they are.
+    Switching one of them off leaves the draws of the other as they are.
     """
-    shift_key, flip_key, centre_key = jax.random.split(key, 3)
-    flips = jax.random.bernoulli(flip_key, shape=(batch,)) if flip else jnp.zeros(batch, bool)
+    shift_key, centre_key = jax.random.split(key)
     bounds = jnp.asarray((height, width), jnp.int32)
     return Draws(
         shift=jax.random.randint(shift_key, (batch, 2), -shift, shift + 1, jnp.int32),
-        flip=flips,
         centre=jax.random.randint(centre_key, (batch, 2), 0, bounds[None, :], jnp.int32),
     )
 
 
 def transform(images: jax.Array, draws: Draws, *, cutout: int, fill: tuple[int, ...]) -> jax.Array:
-    """Shifts (the border reflected, its own pixel not repeated), then mirrors, then cuts out.
+    """Shifts (the border reflected, its own pixel not repeated), then cuts out.
 
     Args:
       images: uint8 [B, H, W, C].
@@ -57,10 +53,9 @@ def transform(images: jax.Array, draws: Draws, *, cutout: int, fill: tuple[int, 
     _, height, width, _ = images.shape
     row = jnp.arange(height)[None, :]
     column = jnp.arange(width)[None, :]
-    # out[i, j] = in[rows[i], columns[j]]: shift and mirror are one lookup a row, one a column.
+    # out[i, j] = in[rows[i], columns[j]]: one lookup a row, one a column.
     rows = _reflect(row + draws.shift[:, :1], height)
-    mirrored = jnp.where(draws.flip[:, None], width - 1 - column, column)
-    columns = _reflect(mirrored + draws.shift[:, 1:], width)
+    columns = _reflect(column + draws.shift[:, 1:], width)
     # Measured on two CPU cores (jax 0.10.2, B=512, 32x32x3): 0.41 ms. One gather of pixels takes
     # 0.47 ms, a vmap of dynamic_slice on padded images 1.8 ms, one-hot matrix products 6.2 ms, and
     # a select over all offsets 80 ms at shift 4, because XLA fuses the chain and recomputes it.
@@ -79,17 +74,15 @@ def augment(
     key: jax.Array,
     images: jax.Array,
     *,
-    flip: bool,
     shift: int,
     cutout: int,
     fill: tuple[int, ...],
 ) -> jax.Array:
-    """Shifts, mirrors and blanks each image by its own random choice.
+    """Shifts and blanks each image by its own random choice.
 
     Args:
       key: JAX key.
       images: uint8 [B, H, W, C].
-      flip: mirror half of the images left-right. Not for digits or letters.
       shift: largest shift in pixels, in each direction; 0 is off.
       cutout: side in pixels of the blanked square, whose centre is uniform over the image; 0 is off
         (DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552).
@@ -114,10 +107,31 @@ def augment(
         raise ValueError(f"cutout={cutout}; give a side in pixels, or 0 for none")
     if len(fill) != channels or not all(0 <= value <= 255 for value in fill):
         raise ValueError(f"fill={fill} for {channels} channels; give {channels} values in 0..255")
-    if not (flip or shift or cutout):
+    if not (shift or cutout):
         return images
-    draws = draw(key, batch, height, width, flip=flip, shift=shift)
+    draws = draw(key, batch, height, width, shift=shift)
     return transform(images, draws, cutout=cutout, fill=fill)
+
+
+@jax.jit
+def mirrored(key: jax.Array, images: jax.Array, epoch: jax.Array | int) -> jax.Array:
+    """Half of a data set mirrored left-right, and in the next epoch the other half.
+
+    So an image is seen from both sides in any two epochs, where independent draws would show half
+    of the images twice from the same side. Jordan, *94% on CIFAR-10 in 3.29 seconds on a single
+    GPU*, 2024, https://arxiv.org/abs/2404.00498.
+
+    Args:
+      key: draws the half; the same for all epochs of a run.
+      images: uint8 [N, H, W, C].
+      epoch: from 0.
+
+    Returns:
+      uint8 [N, H, W, C].
+    """
+    half = jax.random.bernoulli(key, shape=images.shape[:1])
+    chosen = half ^ (jnp.asarray(epoch, jnp.int32) % 2 == 1)
+    return jnp.where(chosen[:, None, None, None], images[:, :, ::-1], images)
 
 
 def epoch_order(key: jax.Array, n: int, batch: int) -> jax.Array:

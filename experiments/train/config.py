@@ -30,7 +30,7 @@ class NetworkConfig:
     """The backbone, and where its exits are."""
 
     name: FamilyName = "fast"
-    """Family: `fast` (five blocks, for CPUs), `resnet` (He et al., 2016, depth 6n + 2), `isotropic`
+    """Family: `fast` (six blocks, for CPUs), `resnet` (He et al., 2016, depth 6n + 2), `isotropic`
     (equal blocks on patches of 4x4 pixels), or another of docs/models.md."""
     depth: int | None = None
     """resnet: number of layers, 6n + 2; isotropic: number of blocks; and so on. Default: the

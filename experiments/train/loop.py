@@ -23,7 +23,7 @@ from eejax import gates as soft
 from eejax.training import Metrics, TrainState
 from experiments.data.splits import Split
 from experiments.progress import progress_bar
-from experiments.train.augment import epoch_order
+from experiments.train.augment import epoch_order, mirrored
 from experiments.train.config import TrainConfig
 
 _order = jax.jit(epoch_order, static_argnums=(1, 2))
@@ -52,6 +52,7 @@ def train(
     split: Split,
     config: TrainConfig,
     *,
+    flip: bool,
     workdir: Path,
     watch: Callable[[TrainState], list[float]],
     learning_rate: Callable[[Any], Any],
@@ -65,6 +66,7 @@ def train(
       key: of parameters, order and augmentation; what step s draws depends on `key` and s alone.
       split: images and labels, moved to the device whole.
       config: how long, and how often to save.
+      flip: whether images are mirrored in every other epoch. Not for digits or letters.
       workdir: directory of `checkpoints/` and `metrics.jsonl`.
       watch: held-out accuracy of each exit, called after each epoch; nothing is decided by it.
       learning_rate: the schedule, for the record.
@@ -88,7 +90,8 @@ def train(
     if step == total:
         return state, rows
     (workdir / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+    upright, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+    images = upright
     began = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
     saved, order = time.monotonic(), None
 
@@ -103,6 +106,8 @@ def train(
             if order is None or start == 0:
                 epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
                 order = _order(epoch_key, len(split.images), config.batch)
+                if flip:
+                    images = mirrored(jax.random.fold_in(key, 3), upright, epoch)
             count = min(config.steps_per_dispatch, per_epoch - start)
             before = time.monotonic()
             state, metrics = train_steps(

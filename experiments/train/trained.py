@@ -38,6 +38,9 @@ from experiments.train import loop
 from experiments.train.augment import augment
 from experiments.train.config import NetworkConfig, TrainConfig, build_network, exit_weights
 
+# From which a layer that begins with statistics of its input takes them.
+_INIT_IMAGES = 1_000
+
 
 @dataclass(frozen=True)
 class TrainRun:
@@ -89,6 +92,7 @@ def trained(
         jax.random.key(seed),
         data.train,
         run.train,
+        flip=run.data.flip,
         workdir=place,
         watch=held_out_accuracy,
         learning_rate=learning_rate,
@@ -145,7 +149,6 @@ def program(
     """`init(key)`, the compiled steps and the learning rate, which all seeds share."""
     train, model, data = run.train, network(run), dataset(run)
     steps = len(data.train.images) // train.batch * train.epochs
-    image = jnp.asarray(data.train.images[:1])
     options = RegimeOptions(
         jnp.asarray(exit_weights(train.exit_weights, model.num_exits), jnp.float32),
         train.cost_weight,
@@ -160,7 +163,6 @@ def program(
         phases,
         functools.partial(
             augment,
-            flip=run.data.flip,
             shift=run.data.shift,
             cutout=run.data.cutout,
             fill=tuple(round(m) for m in data.mean),  # a blanked square gets the mean colour
@@ -170,11 +172,12 @@ def program(
         label_smoothing=train.label_smoothing,
     )
     learning_rate = joined(functools.partial(schedule, train, train.learning_rate), phases, steps)
-    return (
-        jax.jit(lambda key: init_state(model, rule(steps), key, image, phases[0].begin)),
-        train_steps,
-        learning_rate,
+    # An argument of the compiled program: XLA would try to fold a constant.
+    first = jnp.asarray(data.train.images[:_INIT_IMAGES])
+    begin = jax.jit(
+        lambda key, images: init_state(model, rule(steps), key, images, phases[0].begin)
     )
+    return lambda key: begin(key, first), train_steps, learning_rate
 
 
 def optimiser(config: TrainConfig, steps: int) -> optax.GradientTransformation:
