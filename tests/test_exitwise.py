@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_regimes import (
+from small_training import (
     BATCH,
     CLASSES,
     IMAGES,
