@@ -73,7 +73,7 @@ def digits_run(tmp_path_factory):
     flags = [
         *("--data.name", "digits", "--network.width", "4", "--train.epochs", "6"),
         *("--policies.budgets", "0.02", "0.7", "--policies.curve", "4", "--inference.repeats", "2"),
-        *("--policies.thresholds", "0.25", "0.5", "0.75"),
+        *("--policies.thresholds", "0.25", "0.5", "0.75", "--policies.drop-confidence", "0.5"),
         *("--inference.batch", "64", "--inference.budget", "0.7"),
     ]
     assert cifar.main([*flags, "--workdir", str(path)]) == 0

@@ -27,6 +27,7 @@ POLICIES = ("max_prob", "gate", "ztw")
 NEW = "patience"
 STATIC = ("plain network", "depth to exit 1", "width 0.5")
 BUDGET = {"kind": "budget", "value": 0.6}
+CONFIDENCE = 0.5  # of the drops
 NEVER = {"kind": "budget", "value": 0.05}  # less than the first exit costs
 DROP = {"kind": "drop", "value": 0.01}
 SCHEMES = [
@@ -42,6 +43,7 @@ FLAGS = [
     *("--network.width", "8", "--train.optimiser", "sgd", "--train.learning-rate", "0.2"),
     *("--train.epochs", "3", "--train.batch", "64"),
     *("--policies", *POLICIES, "--targets.budgets", "0.6", "0.05", "--targets.curve", "3"),
+    *("--targets.drop-confidence", str(CONFIDENCE)),
     *("--guarantee.methods", "betting", "--guarantee.paths", "shared"),
     *("--static.widths", "0.5", "--static.exits", "1"),
     *("--timing.batch", "64", "--timing.repeats", "2", "--timing.keep-exits", "2", "1e-4"),

@@ -81,6 +81,8 @@ def test_every_configuration_file_can_be_run(path):
         (["--network.no-gate"], ["network.gate", "soft"]),
         (["--train.regime", "joint", "--inference.policy", "gate"], ["inference.policy"]),
         (["--policies.budgets", "1.5"], ["policies.budgets: 1.5"]),
+        (["--policies.drop-confidence", "1"], ["policies.drop_confidence: 1", "below 1"]),
+        (["--policies.drop-confidence", "0.4"], ["policies.drop_confidence: 0.4", "least 0.5"]),
         (["--resume"], ["--resume needs --workdir"]),
     ],
 )

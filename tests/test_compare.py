@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from small_comparison import (
     BUDGET,
+    CONFIDENCE,
     DROP,
     EARLY,
     FLAGS,
@@ -31,9 +33,12 @@ from eejax.selection import guarantees, thresholds
 from eejax.trace import fingerprints
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
-from experiments.compare.config import Comparison, parse
+from experiments.compare.certify import certified
+from experiments.compare.config import Comparison, GuaranteeConfig, parse
 from experiments.compare.decide import Model
 from experiments.data import splits as data
+from experiments.evaluate.decide import Traces, view
+from experiments.report import table
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +61,11 @@ def made(workdir: Path) -> dict[tuple[str, int], Made]:
 def test_thresholds_are_chosen_on_one_split_and_figures_are_of_the_test_split(
     results, made, scheme, kind
 ):
+    for_drop = functools.partial(thresholds.for_drop, confidence=CONFIDENCE)
     searches = {
         "budget": (thresholds.for_budget, BUDGET, "optimal"),
         "geometric": (thresholds.geometric, BUDGET, "geometric"),
-        "drop": (thresholds.for_drop, DROP, "optimal"),
+        "drop": (for_drop, DROP, "optimal"),
     }
     search, target, words = searches[kind]
     row = row_of(results, scheme, target=target, search=words)
@@ -82,6 +88,31 @@ def test_thresholds_are_chosen_on_one_split_and_figures_are_of_the_test_split(
         assert accuracy == pytest.approx((routed.logits.argmax(-1) == network.test.labels).mean())
         assert mean_cost == pytest.approx(cost[routed.exits].mean())
     assert not shown
+
+
+def test_forecasts_are_of_the_split_that_thresholds_are_chosen_on(workdir, made):
+    rows = table.decided(table.read_csv(workdir / "results.csv"), *table.SEARCHED)
+    rows = rows[rows["policy"] == "max_prob"]
+    keys = ["regime", "seed", "target"]
+    optimal = rows[rows["search"] == "optimal"].set_index(keys).to_dict("index")
+    choices = {
+        "cost <= 0.60": lambda search: search.for_budget(BUDGET["value"]),
+        "drop <= 1.0 points": lambda search: search.for_drop(DROP["value"], CONFIDENCE),
+    }
+    for regime, seed in itertools.product(REGIMES, SEEDS):
+        network = made[regime, seed]
+        choose = scored("max_prob", network)[0]
+        correct = choose.predictions == network.choose.labels[:, None]
+        cost = network.macs / made["plain network", seed].macs[-1]
+        search = thresholds.search(choose.scores, correct, cost)
+        for target, choice in choices.items():
+            row, forecast = optimal[regime, seed, target], search.forecast(choice)
+            assert row["forecast_accuracy"] == pytest.approx(forecast.accuracy)
+            assert row["forecast_cost"] == pytest.approx(forecast.mean_cost)
+    # Nothing is forecast where nothing is chosen, nor for the geometric search.
+    without = rows[rows["error"].notna() | (rows["search"] == "geometric")]
+    assert len(without)
+    assert without["forecast_accuracy"].isna().all()
 
 
 def test_costs_are_fractions_of_the_plain_network(results, made):
@@ -150,6 +181,28 @@ def test_a_risk_is_certified_on_samples_of_its_own(results, made, regime):
         said = route(test, certificate.thresholds).logits.argmax(-1)
         assert risk == pytest.approx((said != test.predictions[:, -1]).mean())
     assert not shown
+
+
+def test_a_guarantee_names_the_method_that_it_was_made_by(made, monkeypatch):
+    issued = []
+
+    def recording(test, *args, **kwargs):
+        issued.append(test(*args, **kwargs))
+        return issued[-1]
+
+    for name in ("control_risk", "certify"):
+        test = getattr(guarantees, name)
+        monkeypatch.setattr(guarantees, name, functools.partial(recording, test))
+    network = made["joint", 0]
+    cost = network.macs / network.macs[-1]
+    traces = Traces(network.calibrate, network.choose, network.certify, network.test)
+    one = view("max_prob", traces, (0, 1, 2), cost, np.empty(0))
+    # Risk and cost that the whole network has, so that everything is certified.
+    config = GuaranteeConfig(risks=(0.99,), methods=("crc", "binomial"), budgets=(0.99,))
+    decisions = list(certified(one, traces, config, np.zeros(0, np.uint64)))
+    assert [d.target["kind"] for d in decisions] == ["risk", "risk", "certificate"] * 2
+    assert [d.target["method"] for d in decisions] == [c.method for c in issued]
+    assert [d.words for d in decisions] == [c.words for c in issued]
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,8 @@ def test_every_configuration_file_can_be_run(path):
         (["--targets.budgets", "0.5", "0.5"], ["targets.budgets: (0.5, 0.5)", "each once"]),
         (["--targets.budgets-ms", "0"], ["targets.budgets_ms: 0", "greater than 0"]),
         (["--targets.drops", "-0.01"], ["targets.drops: -0.01", "at least 0"]),
+        (["--targets.drop-confidence", "1"], ["targets.drop_confidence: 1", "below 1"]),
+        (["--targets.drop-confidence", "0.4"], ["targets.drop_confidence: 0.4", "least 0.5"]),
         (["--targets.curve", "1"], ["targets.curve: 1", "2 points"]),
         (["--seeds", "3", "3"], ["seeds: (3, 3)", "each once"]),
         (["--seeds"], ["seeds: ()", "at least one"]),

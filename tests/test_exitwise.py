@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_regimes import (
+from small_training import (
     BATCH,
     CLASSES,
     IMAGES,
@@ -305,7 +305,7 @@ def test_hints_are_added_to_self_distillation_and_teach_the_early_features_alone
     apply_exits(NETWORK, variables, IMAGES[:BATCH], KEY, to_head=read)
     hint = (OPTIONS.exit_weights[:-1, None] * hinted.hints(features)).sum(0).mean()
     assert float(hint) > 0
-    assert_close(loss_of("hinted") - loss_of("self_distilled"), 1000 / 64 / 2 * hint)
+    assert_close(loss_of("hinted") - loss_of("self_distilled"), 1000 / 128 * hint)
     last = gradient("hinted")["stages"][-1]
     assert_close(last, gradient("self_distilled")["stages"][-1])
     first = gradient("hinted")["stages"][0], gradient("self_distilled")["stages"][0]

@@ -223,6 +223,20 @@ def test_a_certificate_says_what_was_certified(method):
         assert "a mean loss above 0.08 on new samples is at most 5 %" in certificate.words
 
 
+@pytest.mark.parametrize(("kind", "method"), [("errors", "binomial"), ("both", "betting")])
+def test_auto_is_the_exact_test_for_outcomes_and_betting_for_other_losses(kind, method):
+    scored, trace = some(3, 600)
+    losses = losses_of(kind, scored, trace)
+    arguments = (path("shared"), scored, losses, trace, COST, 0.1)
+    for test, more in ((control_risk, ()), (certify, (0.6,))):
+        default = test(*arguments, *more, used={})
+        assert default.method == method
+        for name in ("auto", method):
+            again = test(*arguments, *more, used={}, method=name)
+            assert (again.method, again.words) == (default.method, default.words)
+            np.testing.assert_array_equal(again.thresholds, default.thresholds)
+
+
 @pytest.mark.parametrize("deltas", [(0.3, 0.001), (0.001, 0.3)])
 def test_a_joint_certificate_is_the_safest_within_both(deltas):
     """By a test that does not depend on the order, each side at its own delta."""
@@ -373,7 +387,7 @@ def test_samples_that_nothing_was_fitted_on_pass():
             r"and the budget of 0.22 only from an empirical risk of 0\.\d+ on; give a larger risk",
         ),
         ({"joint": True, "budget": 0.2}, "^a budget of 0.2; leaving at the first exit costs 0.2"),
-        ({"joint": True, "method": "crc"}, "^method 'crc'; give"),
+        ({"joint": True, "method": "crc"}, "^method 'crc'; give one of .*'binomial', 'betting'"),
         ({"method": "magic"}, "^method 'magic'; give"),
         ({"risk": 1.5}, "^a risk of 1.5; give"),
         ({"delta": 10}, "^a delta of 10; give"),

@@ -82,6 +82,33 @@ def test_thresholds_of_ones_own_are_reported(report):
     assert [r["thresholds"] for r in given] == [[0.25, 0.5, 0.75]] * 4
 
 
+def test_drops_and_forecasts_come_from_the_split_that_thresholds_are_chosen_on(workdir, report):
+    bundle = eejax.load(workdir)
+    config = from_json(Config, read_run(workdir)["config"])
+    choose = splits.load(config.data, config.seed).choose
+    trace = eejax.collect(bundle.network, bundle.variables, *choose)
+    scored = eejax.score(bundle.policy, trace)
+    correct = scored.predictions == trace.labels[:, None]
+    search = eejax.thresholds.search(scored.scores, correct, bundle.costs.fractions)
+    rows = table.read_csv(workdir / "results.csv")
+    rows = table.decided(rows[rows["policy"] == "max_prob"], *table.SEARCHED)
+    optimal = rows[rows["search"] == "optimal"].set_index("target").to_dict("index")
+    choices = {
+        "cost <= 0.70": lambda part: part.for_budget(0.7),
+        # With the confidence of the command line.
+        "drop <= 1.0 points": lambda part: part.for_drop(0.01, 0.5),
+    }
+    for target, choice in choices.items():
+        row, forecast = optimal[target], search.forecast(choice)
+        np.testing.assert_allclose(row["thresholds"], choice(search).thresholds, rtol=1e-4)
+        assert row["forecast_accuracy"] == pytest.approx(forecast.accuracy)
+        assert row["forecast_cost"] == pytest.approx(forecast.mean_cost)
+    told = [r["forecast"]["accuracy"] for r in report["policies"] if r["name"] == "max_prob"]
+    assert told == [None if value is None else list(value) for value in rows["forecast_accuracy"]]
+    without = rows["error"].notna() | (rows["search"] != "optimal")
+    assert (rows["forecast_accuracy"].isna() == without).all()
+
+
 def test_everything_is_left_in_the_working_directory(workdir):
     config = json.loads((workdir / "config.json").read_text())
     assert config["config"]["train"]["epochs"] == 6

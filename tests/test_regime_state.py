@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_exitwise import BATCH_OF, TARGETS, gradient, of_exit
-from test_regimes import (
+from small_training import (
     BATCH,
     IMAGES,
     KEY,
@@ -23,6 +22,7 @@ from test_regimes import (
     make_steps,
     take,
 )
+from test_exitwise import BATCH_OF, TARGETS, gradient, of_exit
 
 from eejax import checkpoint
 from eejax.training import REGIMES, Phase, Update, cross_entropies, init_state

@@ -132,6 +132,7 @@ def test_page_with_everything_shows_it(tmp_path: Path) -> None:
         "warnings": ["The gate has collapsed."],
     }
     row = result(search="geometric", thresholds=(math.inf, -math.inf), chosen_accuracy=0.8876)
+    row |= {"forecast_accuracy": (0.8512, 0.9034), "forecast_cost": (0.5671, 0.6129)}
     failed = {"regime": "joint", "policy": "margin", "search": "optimal", "seed": 7}
     failed |= target_columns({"kind": "budget", "value": 0.05})
     failed |= {"error": "the first exit costs 0.33 already"}
@@ -140,7 +141,7 @@ def test_page_with_everything_shows_it(tmp_path: Path) -> None:
     expected = ["from a shelf", "Random images were used.", "2026-01-14", "a small ResNet", "4.1"]
     expected += ["python -m experiments.cifar --seed 7", "The gate has collapsed.", "88.8", "0.598"]
     expected += ["geometric", "off always", "the first exit costs 0.33 already", "cost <= 0.05"]
-    expected += ["1.67", "0.92"]
+    expected += ["1.67", "0.92", "forecast %", "85.1 90.3", "forecast cost", "0.567 0.613"]
     assert [text for text in expected if text not in words] == []
 
 

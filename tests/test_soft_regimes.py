@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_regimes import CLASSES, IMAGES, KEY, LABELS, Block, changed
+from small_training import CLASSES, IMAGES, KEY, LABELS, Block, changed
 
 from eejax import gates, training
 from eejax.backbone import cut

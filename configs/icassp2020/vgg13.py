@@ -15,7 +15,8 @@ Replicated once, with nine branches; accuracy in % on CIFAR-10, CIFAR-100 and CI
 32.9, 66.9; joint 78.9, 40.0, 69.3; soft gates to the letter 77.4, 31.4, 68.2. Not run here.
 
 Ours, not the paper's: the number of epochs, the learning rate and its schedule, a price of 0.1 of
-the expected cost, the heads of the family, shift and flip. Figures: docs/icassp2020.md.
+the expected cost, the heads of the family, shift and flip. Figures: docs/icassp2020.md. The
+files beside this one change the network alone.
 """
 
 from experiments.cifar.config import Config, PoliciesConfig

@@ -235,7 +235,7 @@ def certify(
         certification samples were used before, or arguments do not fit.
     """
     if method == "crc":
-        raise ValueError(f'method {method!r}; give "auto", "betting" or "hoeffding_bentkus".')
+        raise ValueError(f"method {method!r}; give one of {get_args(Test)}.")
     of_cost: Test = "betting" if method in ("auto", "binomial") else method
     method = _method(losses, method)
     path = _path(candidates, scored, losses, trace, cost, used)

@@ -63,7 +63,7 @@ class GuaranteeConfig:
     delta: float = 0.1
     """How often a bound may fail, over draws of the certification split."""
     budgets: tuple[float, ...] = (0.8,)
-    """Mean cost that is certified together with the risk, each with its own delta."""
+    """Mean cost that is certified together with the risk by betting, each with half of delta."""
 
 
 @dataclass(frozen=True)

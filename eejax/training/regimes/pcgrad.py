@@ -84,9 +84,8 @@ def phases(options: RegimeOptions) -> tuple[Phase, ...]:
         state: PyTree,
         batch: Batch,
         key: Array,
-        progress: Array,
+        _: Array,
     ) -> Update:
-        del progress
         value, aux, terms = exit_gradients(network, variables, batch, key, options)
         stages = []
         for s in range(network.num_exits):

@@ -95,9 +95,8 @@ def phases(options: RegimeOptions) -> tuple[Phase, ...]:
         state: PyTree,
         batch: Batch,
         key: Array,
-        progress: Array,
+        _: Array,
     ) -> Update:
-        del progress
         half = len(batch.images) // 2
         if not half:
             raise ValueError("sample_weights splits a batch of 1 in two; give a larger batch.")

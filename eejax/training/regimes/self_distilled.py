@@ -5,7 +5,9 @@
 where `p^t` is the softmax of the logits over t. The divergence is summed over classes. Zhang, Song,
 Gao, Chen, Bao, Ma, *Be your own teacher: improve the performance of convolutional neural networks
 via self distillation*, ICCV 2019, https://arxiv.org/abs/1905.08094; their third term, which
-compares features after layers that exist in training alone, is left out.
+compares features after layers that exist in training alone, is left out. a, t and the factor t^2
+are those of luanyunteng/pytorch-be-your-own-teacher, which takes 1 - a of CE_E too; the authors'
+later code (ArchipLab-LinfengZhang/pytorch-self-distillation-final) has a = 0.3 and no t^2.
 """
 
 from __future__ import annotations
