@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -300,7 +301,7 @@ def test_whitening_makes_patches_independent_and_is_not_trained():
     images[..., 1] += images[..., 0]  # correlated channels
     images = jnp.asarray(images, jnp.float32)
     layer = Whitening()
-    variables = layer.init(jax.random.key(0), images, train=False)
+    variables: Any = layer.init(jax.random.key(0), images, train=False)
     assert "params" not in variables
     kernel = variables["batch_stats"]["kernel"]
     assert kernel.shape == (2, 2, 3, 24)
@@ -317,8 +318,8 @@ def test_whitening_makes_patches_independent_and_is_not_trained():
 
 def test_whitening_of_images_without_variance_is_finite():
     images = jnp.full((2, 4, 4, 1), 7.0)
-    kernel = Whitening().init(jax.random.key(0), images, train=False)["batch_stats"]["kernel"]
-    assert np.isfinite(kernel).all()
+    variables: Any = Whitening().init(jax.random.key(0), images, train=False)
+    assert np.isfinite(variables["batch_stats"]["kernel"]).all()
 
 
 def test_a_block_begins_as_the_identity():

@@ -147,7 +147,9 @@ def test_the_experiments_whiten_by_training_images():
     stats = init(jax.random.key(0)).batch_stats["stages"][0]
     kernels = [leaf for leaf in jax.tree.leaves(stats) if leaf.ndim == 4]
     data = trained.dataset(run)
-    images = (data.train.images[:1_000] - np.float32(data.mean)) / np.float32(data.std)
+    images = (data.train.images[:1_000] - np.asarray(data.mean, np.float32)) / np.asarray(
+        data.std, np.float32
+    )
     # The sign of a component is arbitrary.
     expected = np.abs(whitening(jnp.asarray(images)))
     np.testing.assert_allclose(np.abs(kernels[0]), expected, rtol=1e-2, atol=1e-2)
