@@ -277,6 +277,6 @@ def test_a_mistake_is_one_line(flags, words, capsys):
 
 def test_exits_are_spread_evenly_by_default():
     assert parse([]).network_config().exits == (7, 14, 20)
-    assert parse(["--network", "fast"]).network_config().exits == (1, 2, 4)
+    assert parse(["--network", "fast"]).network_config().exits == (2, 3, 4)
     assert exit_rates("trained", 4) == (0.4, 0.25, 0.15, 0.2)
     assert sum(exit_rates("trained", 3)) == pytest.approx(1)
