@@ -19,6 +19,7 @@ config = Config(
         epochs=4,
         batch=128,
         learning_rate=0.05,
+        weight_decay=0.1,
         warmup=0.2,
     ),
 )

@@ -24,6 +24,7 @@ config = Comparison(
         epochs=3,
         batch=128,
         learning_rate=0.05,
+        weight_decay=0.1,
         warmup=0.2,
     ),
 )
