@@ -3,9 +3,9 @@
     python -m experiments.cifar --data.name cifar10
 
 Expect 90 % at the last exit, and 0.2 to 0.3 points less at 60 % of the multiply-accumulates (max
-probability). Measured with seed 0 on two cores of an AMD EPYC (Zen 4), jax 0.10.2, 2026-11-27: exits
-68.6, 82.8, 88.3 and 90.1 %; 89.9 % at 0.60 of the cost and 89.2 % at 0.51; 411 images a second; the
-whole command took 13 min 52 s.
+probability). Measured with seed 0 on two cores of an AMD EPYC (Zen 4), jax 0.10.2, 2026-11-27:
+exits 68.6, 82.8, 88.3 and 90.1 %; 89.9 % at 0.60 of the cost and 89.2 % at 0.51; 411 images a
+second; the whole command took 13 min 52 s.
 
 The exits are trained jointly; docs/lab/tried.md has what else was tried.
 """

@@ -69,7 +69,7 @@ def test_every_configuration_file_can_be_run(path):
         (["--data.name", "mnist"], ["mnist", "cifar10"]),
         (["--data.dir", "not/there"], ["data.dir", "not/there"]),
         (["--config", "not/there.py"], ["not/there.py", "no such file"]),
-        (["--network.exits", "1", "9"], ["exits (1, 9)", "1 to 5"]),
+        (["--network.exits", "1", "9"], ["exits (1, 9)", "1 to 6"]),
         (["--network.name", "resnet", "--network.depth", "55"], ["depth of 55", "6n + 2"]),
         (
             ["--network.exits", "1", "2", "3", "--policies.thresholds", "1", "2"],

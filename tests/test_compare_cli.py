@@ -171,7 +171,7 @@ def test_every_configuration_file_can_be_run(path):
         (["--guarantee.risks", "1"], ["guarantee.risks: 1", "between 0 and 1"]),
         (["--static.exits", "4"], ["static.exits: 4", "1 to 3"]),
         (["--static.widths", "0.5", "0.5"], ["static.widths: (0.5, 0.5)", "each once"]),
-        (["--network.exits", "5"], ["network.exits: (5,)", "before the last block"]),
+        (["--network.exits", "6"], ["network.exits: (6,)", "before the last block"]),
         (["--network.no-gate"], ["network.gate", "soft_auxiliary"]),
         (["--train.exit-weights", "1", "2"], ["2 weights for 4 exits"]),
         (["--jobs", "0"], ["--jobs 0", "at least 1"]),

@@ -24,8 +24,8 @@ def test_rows_compare_one_exit_with_many(tmp_path, capsys):
         assert {"device", "versions", "command", "date"} <= set(row)
     for one, many in (rows[:2], rows[2:]):
         assert "overhead" not in one
-        # Three early heads of 10 classes and a gate read twice 4, 8, 8 channels.
-        assert many["macs"] - one["macs"] == 11 * 2 * (4 + 8 + 8)
+        # Three early heads of 10 classes and a gate read twice 2, 12, 12 channels.
+        assert many["macs"] - one["macs"] == 11 * 2 * (2 + 12 + 12)
         assert many["macs_ratio"] == many["macs"] / one["macs"]
         assert many["overhead"] == pytest.approx(many["time_ratio"] / many["macs_ratio"])
     assert f"{rows[1]['overhead']:.3f}" in capsys.readouterr().out
@@ -37,7 +37,7 @@ def test_rows_compare_one_exit_with_many(tmp_path, capsys):
         (["--repeats", "0"], "repeats: 0"),
         (["--train.batch", "5000"], "train.batch: 5000"),
         (["--dtypes", "float16"], "float16"),
-        (["--network.exits", "9"], "1 to 5"),
+        (["--network.exits", "9"], "1 to 6"),
         (["--json", "nowhere/rows.json"], "no directory nowhere"),
     ],
 )

@@ -74,7 +74,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         y = nn.Conv(self.width, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=identity)(x)
-        y = halved(y) if self.pool else y
+        y = halved(y, 4) if self.pool else y
         y = nn.gelu(Norm(scale=False, dtype=self.dtype)(y, train=train))
         return x + y if self.residual else y
 
@@ -98,8 +98,8 @@ def fast(
 ) -> EarlyExitNetwork:
     """The fast network: six blocks of a convolution each, with exits after any.
 
-    The whitening is part of the first block. Blocks 1, 3 and 5 pool; block 6 has a shortcut. All
-    heads are `Head(classes, Pooled("both"))`.
+    The whitening is part of the first block. Blocks 1, 3 and 5 pool, down to 3x3 pixels; block 6
+    has a shortcut. All heads are `Head(classes, Pooled("both"))`.
 
     Args:
       image: 2x2 pixels or more.
