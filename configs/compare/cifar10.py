@@ -2,7 +2,8 @@
 
     python -m experiments.compare --data.name cifar10
 
-Thirty-two networks a seed. docs/results.md has the results of two seeds, and how long they took.
+Thirty-two networks a seed, an hour or more on two cores. It has not been run to its end yet;
+docs/results.md has an earlier comparison, of four regimes with another network.
 """
 
 from eejax.training import REGIMES
