@@ -2,7 +2,7 @@
 that of a run that was left alone: a directory, the number of kills, a seed, then flags.
 
     PYTHONPATH=. python .ci/kills.py runs/kills 20 0 --data.name cifar10 --data.limit 10000 \\
-        --network.width 8 --train.epochs 4 --train.checkpoint-seconds 2 --inference.repeats 1
+        --network.width 8 --train.epochs 3 --train.checkpoint-seconds 2 --inference.repeats 1
 
 A moment lies between the start of a process and half of the time that the undisturbed run took, so
 starts, compilation, training and checkpoints are all hit. A run that ends is compared, and another
