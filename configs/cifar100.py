@@ -5,21 +5,9 @@
 About as long as CIFAR-10, a quarter of an hour. Not measured yet.
 """
 
-from experiments.cifar.config import Config
-from experiments.data.config import DataConfig
-from experiments.train.config import NetworkConfig, TrainConfig
+import dataclasses
 
-config = Config(
-    data=DataConfig(name="cifar100"),
-    network=NetworkConfig(name="fast", width=32, exits=(2, 3, 4)),
-    train=TrainConfig(
-        regime="joint",
-        exit_weights=(0.3, 0.3, 0.3, 1.0),
-        label_smoothing=0.2,
-        epochs=6,
-        batch=128,
-        learning_rate=0.05,
-        weight_decay=0.1,
-        warmup=0.2,
-    ),
-)
+from configs import cifar10
+from experiments.data.config import DataConfig
+
+config = dataclasses.replace(cifar10.config, data=DataConfig(name="cifar100"))
