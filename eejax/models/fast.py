@@ -2,8 +2,8 @@
 CIFAR-10 in 3.29 seconds on a single GPU*, 2024, https://arxiv.org/abs/2404.00498.
 
 A fixed whitening of 2x2 patches, then six 3x3 convolutions that begin as identities, normalised
-without a learned scale. airbench is four times as wide; the widths here are for a CPU, where most
-of the time goes into the large feature maps at the beginning.
+without a learned scale. airbench is twice as wide in the first two and a third wider in the others;
+the widths here are for a CPU, where most of the time goes into large feature maps.
 """
 
 from __future__ import annotations
