@@ -20,8 +20,8 @@ from jax import Array, lax
 
 from eejax import benchmark, compact, gate, loop, max_prob, stack
 from eejax.compiling import bound, compiler_options
+from eejax.models import layers
 from eejax.models.isotropic import isotropic
-from eejax.models.layers import convolved, shifted
 from eejax.models.resnet import resnet
 from eejax.network import EarlyExitNetwork, ExitOutput, Variables, normalise
 
@@ -176,18 +176,42 @@ def depthwise() -> Iterator[Line]:
     ):
         x = jax.random.normal(jax.random.key(0), (batch, side, side, width))
         kernel = jax.random.normal(jax.random.key(1), (size, size, 1, width))
-        calls, names = [], []
-        for name, layer in (("convolution", convolved), ("shifts", shifted)):
+        forms = {"convolution": layers.convolved, "shifts": layers.shifted}
+        names, calls = _both_ways(
+            {name: functools.partial(form, stride=1) for name, form in forms.items()}, x, kernel
+        )
+        what = f"{batch}x{side}x{side}x{width}, {size}x{size}"
+        yield from _timed([f"{what}, {name}" for name in names], calls, 5)
 
-            def loss(x: Array, kernel: Array, layer: Callable = layer) -> Array:
-                return (layer(x, kernel, 1) ** 2).sum()
 
-            forward = functools.partial(layer, stride=1)
-            for kind, function in (("", forward), (" gradient", jax.grad(loss, (0, 1)))):
-                compiled = jax.jit(function, compiler_options=compiler_options())
-                calls.append(functools.partial(compiled, x, kernel))
-                names.append(f"{batch}x{side}x{side}x{width}, {size}x{size}, {name}{kind}")
-        yield from _timed(names, calls, 5)
+def small() -> Iterator[Line]:
+    """Images smaller than the kernel, by XLA and as products, and their gradients."""
+    for batch in (1, 16, 128):
+        for side, size, inputs, outputs in ((2, 3, 192, 384), (2, 3, 512, 512), (4, 5, 64, 192)):
+            x = jax.random.normal(jax.random.key(0), (batch, side, side, inputs))
+            kernel = jax.random.normal(jax.random.key(1), (size, size, inputs, outputs))
+            names, calls = _both_ways(
+                {"convolution": _convolved, "products": layers.small}, x, kernel
+            )
+            what = f"{batch}x{side}x{side}, {size}x{size}, {inputs} to {outputs}"
+            yield from _timed([f"{what}, {name}" for name in names], calls, 5)
+
+
+def _both_ways(
+    functions: dict[str, Callable[[Array, Array], Array]], x: Array, kernel: Array
+) -> tuple[list[str], list[Callable[[], Any]]]:
+    """Names and calls of functions of an input and a kernel, each forward and as a gradient."""
+    names, calls = [], []
+    for name, function in functions.items():
+
+        def loss(x: Array, kernel: Array, function: Callable = function) -> Array:
+            return (function(x, kernel) ** 2).sum()
+
+        for kind, run in (("", function), (" gradient", jax.grad(loss, (0, 1)))):
+            compiled = jax.jit(run, compiler_options=compiler_options())
+            calls.append(functools.partial(compiled, x, kernel))
+            names.append(name + kind)
+    return names, calls
 
 
 def convolutions() -> Iterator[Line]:
@@ -224,7 +248,7 @@ def _convolved(x: Array, kernel: Array) -> Array:
 
 
 BENCHMARKS = {
-    f.__name__: f for f in (dispatch, heads, scores, packing, depth, depthwise, convolutions)
+    f.__name__: f for f in (dispatch, heads, scores, packing, depth, depthwise, small, convolutions)
 }
 
 

@@ -20,7 +20,7 @@ from eejax.evaluation.routing import route, score
 from eejax.inference import compaction
 from eejax.models import FAMILIES, build
 from eejax.models.fast import Whitening, fast, identity
-from eejax.models.layers import convolved, drop_branch, shifted
+from eejax.models.layers import drop_branch
 from eejax.models.resnet import resnet
 from eejax.trace import recorded
 from eejax.training import cross_entropies
@@ -366,25 +366,6 @@ def test_exits_sit_where_they_are_asked_for_and_the_last_is_always_there(exits):
 def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
     with pytest.raises(ValueError, match="6n"):
         resnet(10, depth=depth)
-
-
-@pytest.mark.parametrize(("size", "stride", "side"), [(3, 1, 5), (3, 2, 5), (3, 2, 6), (5, 2, 4)])
-def test_a_depthwise_convolution_by_shifts_is_a_convolution(size, stride, side):
-    x = jax.random.normal(jax.random.key(0), (2, side, side + 2, 3))
-    kernel = jax.random.normal(jax.random.key(1), (size, size, 1, 3))
-
-    def both(x, kernel):
-        return shifted(x, kernel, stride), convolved(x, kernel, stride)
-
-    found, expected = both(x, kernel)
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    found, expected = (
-        jax.grad(lambda x, kernel, i=i: (both(x, kernel)[i] ** 2).sum(), (0, 1))(x, kernel)
-        for i in (0, 1)
-    )
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_network_is_built_by_name_from_plain_values():

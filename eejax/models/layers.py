@@ -63,6 +63,7 @@ class ConvPool(nn.Module):
             padding=self.padding,
             dtype=self.dtype,
             kernel_init=he_in,
+            conv_general_dilated=convolve,
             name="conv",
         )
         x = conv(x.astype(self.dtype))
@@ -147,8 +148,56 @@ def convolution(
         use_bias=bias,
         dtype=dtype,
         kernel_init=he,
+        conv_general_dilated=convolve,
         name=name,
     )
+
+
+def convolve(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> Array:
+    """`lax.conv_general_dilated`, for `flax.linen.Conv`. An image that is smaller than its square
+    kernel, and padded to keep its size, is convolved by `small` on a CPU, where XLA's own
+    convolution is then 3 to 130 times slower (`python -m experiments.microbenchmarks small`)."""
+    convolution = functools.partial(
+        lax.conv_general_dilated, window_strides=strides, padding=padding, **options
+    )
+    size, reach = kernel.shape[0], kernel.shape[0] // 2
+    kept = tuple(strides) == (1, 1) and [tuple(side) for side in padding] == [(reach, reach)] * 2
+    whole = kernel.shape[1] == size and kernel.shape[2] == x.shape[-1]
+    if not (kept and whole and max(x.shape[1:3]) < size):
+        return convolution(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=small, default=convolution)
+
+
+def small(x: Array, kernel: Array) -> Array:
+    """`x` `[B, H, W, I]` with a kernel `[n, n, I, O]`, padded to its size, by matrix products.
+
+    A pixel of the result is the product of what its window holds of the image with that part of the
+    kernel; there are H x W products.
+    """
+    b, h, w, _ = x.shape
+    reach = kernel.shape[0] // 2
+
+    def window(i: int, side: int) -> slice:
+        return slice(max(0, i - reach), min(side, i + reach + 1))
+
+    def shifted_back(part: slice, i: int) -> slice:
+        return slice(part.start - i + reach, part.stop - i + reach)
+
+    pixels = []
+    for i in range(h):
+        for j in range(w):
+            rows, columns = window(i, h), window(j, w)
+            seen = x[:, rows, columns].reshape(b, -1)
+            weights = kernel[shifted_back(rows, i), shifted_back(columns, j)]
+            weights = weights.reshape(seen.shape[1], -1)
+            pixels.append(jnp.matmul(seen, weights, preferred_element_type=jnp.float32))
+    return jnp.stack(pixels, 1).reshape(b, h, w, -1).astype(x.dtype)
 
 
 def drop_branch(x: Array, rate: float, train: bool) -> Array:
