@@ -56,7 +56,7 @@ class Arguments:
     before, during and after training, the gap between training and test accuracy, and accuracy by
     epoch, all of the last exit."""
 
-    depth: int = 16
+    depth: int = 10
     """3x3 convolutions with ReLU. The first shrinks the image to about 8x8."""
     width: int = 16
     """Channels."""
@@ -64,14 +64,14 @@ class Arguments:
     """Early exits, spread evenly."""
     norm: bool = False
     """Batch normalisation, which keeps gradients from vanishing: the control."""
-    epochs: int = 15
+    epochs: int = 50
     """Passes over the training split."""
     batch: int = 64
     """Samples a step."""
     optimiser: Literal["sgd", "adam"] = "sgd"
     """sgd: with Nesterov momentum of 0.9. Adam rescales gradients, and so hides how small they
     are."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
     """Peak learning rate."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of parameters and order; the splits are those of the first."""

@@ -129,6 +129,17 @@ def test_feature_split_divides_the_channels_between_the_head_and_the_rest():
     assert_same_bits(feature_split.split_gradient(split, first=True), split)
 
 
+def test_of_several_scales_feature_split_divides_the_one_that_heads_read():
+    def total(features):
+        parts = feature_split.split_gradient(features, first=False)
+        assert isinstance(parts, tuple)
+        return sum(part.sum() for part in parts)
+
+    fine, coarse = jax.grad(total)((jnp.ones(4), jnp.ones(4)))
+    np.testing.assert_array_equal(fine, [1, 1, 1, 1])
+    np.testing.assert_array_equal(coarse, [0, 0, 1, 1])
+
+
 def test_the_weights_of_sdn_grow_to_the_cost():
     cost = jnp.array([0.3, 0.005, 1.0])
     for progress, first in [(0.0, 0.01), (0.5, 0.16), (1.0, 0.3)]:

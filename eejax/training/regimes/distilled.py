@@ -7,7 +7,7 @@ until the mean of its largest probability is at most 1/2: t is the smallest powe
 Phuong, Lampert, *Distillation-based training for multi-exit architectures*, ICCV 2019,
 https://openaccess.thecvf.com/content_ICCV_2019/html/Phuong_Distillation-Based_Training_for_Multi-Exit_Architectures_ICCV_2019_paper.html.
 There t grows by one factor whenever the mean exceeds 1/2 and never falls; here it is solved for
-with every batch, so that it needs no state.
+with every batch, so that it needs no state. Their code multiplies the whole by 10 / E.
 """
 
 from __future__ import annotations

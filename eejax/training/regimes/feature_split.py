@@ -5,8 +5,10 @@
 The channels of the features of stage e are split into halves a and b; sg stops the gradient, so the
 gradients of exit e and of later exits never meet in a feature. The forward pass does not change.
 Gong, Chen, Luo, Lu, Li, Zhang, Sun, Zhang, *Deep feature surgery: towards accurate and efficient
-multi-exit networks*, ECCV 2024, https://arxiv.org/abs/2407.13986; their feature referencing, which
-changes what the heads read, is left out.
+multi-exit networks*, ECCV 2024, https://arxiv.org/abs/2407.13986; that each reads the other's part
+without a gradient is their feature referencing. In their code the next stage trains the first half
+and the head the second, and for MSDNet and ViT the heads train all channels, other than in the
+paper. Of features at several scales the heads read the last, and it alone is split.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def split_gradient(features: PyTree, *, first: bool) -> PyTree:
     """The features; a gradient passes only through the first part of the channels, or the rest.
 
     Args:
-      features: a pytree of arrays whose last axis holds the channels.
+      features: a pytree of arrays whose last axis holds the channels; of a list or tuple, which
+        holds scales, only the last is split.
       first: which part.
     """
 
@@ -36,7 +39,10 @@ def split_gradient(features: PyTree, *, first: bool) -> PyTree:
         a, b = (a, lax.stop_gradient(b)) if first else (lax.stop_gradient(a), b)
         return jnp.concatenate([a, b], axis=-1)
 
-    return jax.tree.map(one, features)
+    leaves, tree = jax.tree.flatten(features)
+    read = features[-1] if isinstance(features, list | tuple) and features else features
+    first_read = len(leaves) - len(jax.tree.leaves(read))
+    return tree.unflatten([*leaves[:first_read], *map(one, leaves[first_read:])])
 
 
 def phases(options: RegimeOptions) -> tuple[Phase, ...]:

@@ -6,7 +6,8 @@ The gradient of head e is multiplied by 1 / (E - e), that of stage e + 1 by (E -
 with e from 0. A stage early in the backbone is below many exits, and its gradient is the sum of
 theirs; with these factors every exit contributes the same, so the sum does not grow with the number
 of exits. Li, Zhang, Qi, Yang, Huang, *Improved techniques for training adaptive deep networks*,
-ICCV 2019, https://arxiv.org/abs/1908.06294.
+ICCV 2019, https://arxiv.org/abs/1908.06294. Their code scales the features of MSDNet's last scale
+alone; here all are scaled.
 """
 
 from __future__ import annotations

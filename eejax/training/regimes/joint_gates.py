@@ -8,14 +8,17 @@ with the exit distribution `pi` of `eejax.gates`, `sg` for a stopped gradient. T
 the heads, each on the samples that it will answer; the second trains the gates to leave at the exit
 that is best for the sample at the price lambda. Each sees the other as it is, without a gradient.
 The source's gates read the largest probability, the entropy, the margin and the entropy of the
-squared probabilities: give the heads `gate="evidence"`, which reads them without a gradient, and
-the head before.
+squared probabilities: that is `gate="uncertainty"`; `gate="evidence"` reads the change since the
+head before, too, and both read without a gradient.
 
 Regol, Chataoui, Coates, *Jointly-learned exit and inference for a dynamic neural network: JEI-DNN*,
-ICLR 2024, https://arxiv.org/abs/2310.09163. There heads and gates are updated in turns, and the
-target of a gate is our reading of theirs; here both are updated in every step, which is the same
-two gradients, and the backbone is trained here, where theirs came trained. The factor E keeps the
-heads' loss at the scale of `joint`.
+ICLR 2024, https://arxiv.org/abs/2310.09163. There heads and gates are updated in turns; here both
+are in every step, which is the same two gradients. The backbone is trained here, where theirs came
+trained. The factor E keeps the heads' loss at the scale of `joint`. In their code a gate's loss is
+a binary cross-entropy, balanced between its classes, whose target is 1 at `l*` and at all later
+exits; the last head stays frozen; and the probability of an exit is min(g, 1 - sum of the earlier
+g). That code also divides the weighted losses by one another in such a way that the probabilities
+cancel from the heads' loss.
 """
 
 from __future__ import annotations

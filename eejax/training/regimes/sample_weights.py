@@ -13,7 +13,10 @@ https://arxiv.org/abs/2209.08310.
 
 There the two halves change roles and the network takes a step on either; here it takes one step on
 the whole batch. The look-ahead there has the momentum and rate of the optimiser; here it is plain
-gradient descent at a fixed rate. A step takes three backward passes and one forward derivative.
+gradient descent at a fixed rate. 0.3 and the mean over samples and exits are their setting for
+ImageNet; for CIFAR-100 it is 0.8, a mean over samples alone, and an MLP with weight decay and a
+cosine schedule, which ours has not. `w_e` is ours. A step takes three backward passes and one
+forward derivative.
 """
 
 from __future__ import annotations
