@@ -2,8 +2,8 @@
 
     python -m experiments.compare --data.name cifar10
 
-Thirty-three networks a seed, an hour or more on two cores. It has not been run to its end yet;
-docs/results.md has an earlier comparison, of four regimes with another network.
+Thirty-three networks a seed, two hours on two cores; docs/results.md has the figures. The first
+exit of a network this narrow costs 0.46, so that the cascade alone meets a budget of 0.4.
 """
 
 import dataclasses
