@@ -21,5 +21,7 @@ config = Comparison(
     data=DataConfig(name="cifar10", calibrate=1_000, choose=3_000, certify=2_000),
     network=NetworkConfig(name="fast", width=8, exits=(2, 3, 4)),
     targets=TargetsConfig(budgets=(0.4, 0.5, 0.6, 0.75)),
-    train=dataclasses.replace(cifar10.config.train, cost_weight=0.3, epochs=3),
+    train=dataclasses.replace(
+        cifar10.config.train, exit_weights=(0.3, 0.3, 0.3, 1.0), cost_weight=0.3, epochs=3
+    ),
 )
