@@ -160,15 +160,16 @@ def convolve(
     padding: Sequence[tuple[int, int]],
     **options: Any,
 ) -> Array:
-    """`lax.conv_general_dilated`, for `flax.linen.Conv`. An image that is smaller than its square
-    kernel, and padded to keep its size, is convolved by `small` on a CPU, where XLA's own
-    convolution is then 3 to 130 times slower (`python -m experiments.microbenchmarks small`)."""
+    """`lax.conv_general_dilated`, for `flax.linen.Conv` without dilation. An image that is smaller
+    than its square kernel, and padded to keep its size, is convolved by `small` on a CPU. XLA's own
+    convolution is then 5 to 150 times slower in batches of 16 or more; for one image there is no
+    clear winner (`python -m experiments.microbenchmarks small`)."""
     convolution = functools.partial(
         lax.conv_general_dilated, window_strides=strides, padding=padding, **options
     )
     size, reach = kernel.shape[0], kernel.shape[0] // 2
     kept = tuple(strides) == (1, 1) and [tuple(side) for side in padding] == [(reach, reach)] * 2
-    whole = kernel.shape[1] == size and kernel.shape[2] == x.shape[-1]
+    whole = kernel.shape[1] == size and size % 2 == 1 and kernel.shape[2] == x.shape[-1]
     if not (kept and whole and max(x.shape[1:3]) < size):
         return convolution(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=small, default=convolution)
