@@ -44,13 +44,19 @@ def requirements(lines):
 
 
 def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
-    assert third_party("eejax") - {"jaxlib"} == requirements(PROJECT["dependencies"])
+    declared = requirements(PROJECT["dependencies"])
+    extra = requirements(EXTRAS["onnx"])
+    assert third_party("eejax") - {"jaxlib"} == declared | extra
+    assert third_party("eejax/onnx") & extra == extra
+    for path in (ROOT / "eejax").rglob("*.py"):
+        names = {name.split(".")[0] for name in imported(path)}
+        assert not names & extra or path.parent.name == "onnx", path
 
 
 def test_the_experiments_import_what_the_package_and_their_extra_declare():
     declared = requirements([*PROJECT["dependencies"], *EXTRAS["experiments"]])
     assert third_party("experiments") | third_party("configs") <= declared | {"jaxlib"}
-    assert "eejax[docs,experiments]" in EXTRAS["dev"]
+    assert "eejax[docs,experiments,onnx]" in EXTRAS["dev"]
 
 
 def test_the_package_imports_nothing_of_the_experiments():
@@ -66,7 +72,7 @@ FLOORS = (
     ("models", "policies", "benchmark"),
     ("adapters", "pretrained", "evaluation", "training"),
     ("selection", "inference"),
-    ("bundle",),
+    ("bundle", "onnx"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
