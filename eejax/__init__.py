@@ -3,118 +3,45 @@
 A network is a backbone cut into stages with a head after each (`network`); a policy says when to
 stop (`policies`); thresholds come from a held-out trace (`trace`, `selection`); an executor
 stops every sample at its own exit (`inference`).
+
+Names are imported when they are first used, as `__init__.pyi` lists them: so `eejax.runtime` runs
+where JAX is not installed.
 """
 
-from eejax import training
-from eejax.benchmark import seconds
-from eejax.bundle import Bundle, load
-from eejax.cascades import cascade, cascade_variables
-from eejax.cost import Costs, macs, xla_macs
-from eejax.evaluation import Routed, Scored, metrics, route, score, significance
-from eejax.inference.automatic import auto
-from eejax.inference.compaction import compact, loop, stack
-from eejax.inference.deadline import anytime
-from eejax.inference.dispatch import host
-from eejax.inference.executors import cond, full
-from eejax.inference.predictors import predictor, sharded
-from eejax.inference.step import Prediction
-from eejax.inference.streaming import rebatched, stream
-from eejax.network import EarlyExitNetwork, ExitOutput, Module, keep_variables, normalise
-from eejax.policies import (
-    Policy,
-    entropy,
-    fit_temperatures,
-    fit_ztw,
-    fixed,
-    gate,
-    margin,
-    max_prob,
-    mean_of_experts,
-    patience,
-    product_of_experts,
-    random,
-    scheduler,
-    vote,
-    with_temperatures,
-    ztw,
-)
-from eejax.selection import (
-    Choice,
-    certify,
-    choose_exits,
-    control_risk,
-    for_budget,
-    for_drop,
-    geometric,
-    guarantees,
-    thresholds,
-)
-from eejax.trace import Trace, collect, read_trace, recorded, save_trace
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Bundle",
-    "Choice",
-    "Costs",
-    "EarlyExitNetwork",
-    "ExitOutput",
-    "Module",
-    "Policy",
-    "Prediction",
-    "Routed",
-    "Scored",
-    "Trace",
-    "anytime",
-    "auto",
-    "cascade",
-    "cascade_variables",
-    "certify",
-    "choose_exits",
-    "collect",
-    "compact",
-    "cond",
-    "control_risk",
-    "entropy",
-    "fit_temperatures",
-    "fit_ztw",
-    "fixed",
-    "for_budget",
-    "for_drop",
-    "full",
-    "gate",
-    "geometric",
-    "guarantees",
-    "host",
-    "keep_variables",
-    "load",
-    "loop",
-    "macs",
-    "margin",
-    "max_prob",
-    "mean_of_experts",
-    "metrics",
-    "normalise",
-    "patience",
-    "predictor",
-    "product_of_experts",
-    "random",
-    "read_trace",
-    "rebatched",
-    "recorded",
-    "route",
-    "save_trace",
-    "scheduler",
-    "score",
-    "seconds",
-    "sharded",
-    "significance",
-    "stack",
-    "stream",
-    "thresholds",
-    "training",
-    "vote",
-    "with_temperatures",
-    "xla_macs",
-    "ztw",
-]
+
+def _modules() -> dict[str, str]:
+    """The module that each public name comes from, by the stub beside this file."""
+    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+_MODULES = _modules()
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES and _MODULES[name] != __name__:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    else:
+        try:
+            value = importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

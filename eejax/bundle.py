@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def save(bundle: Bundle, directory: str | Path) -> None:
         "content": content,
     }
     files = {WEIGHTS: weights, DESCRIPTION: json.dumps(description, indent=1).encode()}
-    _replace(directory, files)
+    replace_directory(directory, files)
 
 
 def load(directory: str | Path) -> Bundle:
@@ -340,17 +340,30 @@ def _check_variables(arrays: Mapping[str, np.ndarray], shapes: PyTree) -> None:
             )
 
 
-def _replace(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Writes the files into a directory beside it, which then takes its place."""
-    others = {p.name for p in directory.iterdir()} - set(files) if directory.exists() else set()
+def replace_directory(
+    directory: Path, files: Mapping[str, bytes], known: Iterable[str] = ()
+) -> None:
+    """Writes files into a directory beside it, which then takes its place.
+
+    Args:
+      directory: its parents are created.
+      files: contents by name; a name may have folders.
+      known: what else the directory may hold; it is removed.
+
+    Raises:
+      ValueError: if the directory holds something else.
+    """
+    found = [p for p in directory.rglob("*") if not p.is_dir()] if directory.exists() else []
+    others = {str(p.relative_to(directory)) for p in found} - {*files, *known}
     if others:
-        raise ValueError(f"{directory} holds {min(others)}; give a directory of the bundle's own.")
+        raise ValueError(f"{directory} holds {min(others)}; give a directory of its own.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     suffix = secrets.token_hex(4)
     new, old = (directory.with_name(f".{directory.name}.{kind}{suffix}") for kind in ("new", "old"))
     try:
         new.mkdir()
         for name, data in files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
             with (new / name).open("xb") as file:
                 file.write(data)
                 file.flush()

@@ -1,17 +1,24 @@
-"""ONNX models of networks and of single functions, run by ONNX Runtime."""
+"""ONNX models of networks and of single functions, and the bundle that artifacts are made of."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
 
 from eejax import policies
-from eejax.network import EarlyExitNetwork, ExitOutput, Module
+from eejax.bundle import Bundle
+from eejax.cost import Costs
+from eejax.evaluation.routing import route, score
+from eejax.models import FAMILIES
+from eejax.network import EarlyExitNetwork, ExitOutput, Module, normalise
 from eejax.onnx import stages
+from eejax.trace import recorded
 
 
 def session(model) -> Any:
@@ -84,3 +91,48 @@ def chained(models, images, thresholds):
         leaves += [made["leaves"]] if "leaves" in made else []
         carried = [array for name, array in made.items() if name.startswith("out")]
     return np.stack(logits), np.stack(leaves)
+
+
+@functools.cache
+def small_bundle():
+    """A trained network's bundle, but for the training: exits are taken by a third each."""
+    sides, mean, std = (12, 12, 3), (120.0,) * 3, (60.0,) * 3
+    arguments = {"width": 4, "exits": [2, 4]}
+    network = FAMILIES["fast"].build(10, image=sides, **arguments).reading(normalise(mean, std))
+    image = jax.ShapeDtypeStruct(sides, jnp.uint8)
+    variables = some_variables(network, image, 1)
+    policy = policies.with_temperatures(policies.max_prob, [0.5, 1.0, 2.0])
+    images = some_images(2, 60)
+    outputs, _ = jax.jit(network.apply_all)(variables, images)
+    trace = recorded(outputs.logits.transpose(1, 0, 2), np.zeros(60, np.int32))
+    scores = np.sort(score(policy, trace).scores, axis=0)
+    thresholds = np.array([scores[39:41, 0].mean(), scores[29:31, 1].mean()], np.float32)
+    costs = Costs(np.array([2.0, 3.0, 4.0]), np.array([0.5, 0.5, 1.0]))
+    names = tuple(f"class {i}" for i in range(10))
+    return Bundle(
+        "fast",
+        arguments,
+        names,
+        sides,
+        mean,
+        std,
+        variables,
+        policy,
+        thresholds,
+        costs,
+        {"seed": 1},
+    )
+
+
+def some_images(seed, count):
+    """Noise of different strength, uint8 `[count, 12, 12, 3]`."""
+    random = np.random.default_rng(seed)
+    strength = random.uniform(5, 120, (count, 1, 1, 1))
+    return (128 + strength * random.normal(size=(count, 12, 12, 3))).clip(0, 255).astype(np.uint8)
+
+
+def reference(bundle, images, thresholds):
+    """Exits and logits by the specification of routing."""
+    outputs, _ = jax.jit(bundle.network.apply_all)(bundle.variables, images)
+    trace = recorded(outputs.logits.transpose(1, 0, 2), np.zeros(len(images), np.int32))
+    return route(score(bundle.policy, trace), thresholds)

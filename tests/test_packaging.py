@@ -33,7 +33,11 @@ def imported(path):
 
 def third_party(folder):
     """The distributions that a folder imports."""
-    names = {n.split(".")[0] for path in (ROOT / folder).rglob("*.py") for n in imported(path)}
+    return {name for path in (ROOT / folder).rglob("*.py") for name in third_party_of(path)}
+
+
+def third_party_of(path):
+    names = {name.split(".")[0] for name in imported(path)}
     names -= {*sys.stdlib_module_names, "eejax", "experiments", "configs"}
     return {DISTRIBUTIONS.get(name, name) for name in names}
 
@@ -43,20 +47,27 @@ def requirements(lines):
     return {re.split(r"[\[<>=; ]", line)[0] for line in lines}
 
 
+# What needs the extra `artifact`; the runtime needs nothing else but NumPy.
+ARTIFACT = {"onnx": {"onnx"}, "runtime": {"onnxruntime"}, "commands": {"pillow"}}
+
+
 def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
-    declared = requirements(PROJECT["dependencies"])
-    extra = requirements(EXTRAS["onnx"])
-    assert third_party("eejax") - {"jaxlib"} == declared | extra
-    assert third_party("eejax/onnx") & extra == extra
+    found = {part: set() for part in FLOOR}
     for path in (ROOT / "eejax").rglob("*.py"):
-        names = {name.split(".")[0] for name in imported(path)}
-        assert not names & extra or path.parent.name == "onnx", path
+        part = path.relative_to(ROOT / "eejax").with_suffix("").parts[0]
+        found.setdefault(part, set()).update(third_party_of(path))
+    for part, extra in ARTIFACT.items():
+        assert extra <= found[part]
+        found[part] -= extra
+    assert found["runtime"] == {"numpy"}
+    assert set().union(*found.values()) - {"jaxlib"} == requirements(PROJECT["dependencies"])
+    assert set().union(*ARTIFACT.values()) == requirements(EXTRAS["artifact"])
 
 
 def test_the_experiments_import_what_the_package_and_their_extra_declare():
     declared = requirements([*PROJECT["dependencies"], *EXTRAS["experiments"]])
     assert third_party("experiments") | third_party("configs") <= declared | {"jaxlib"}
-    assert "eejax[docs,experiments,onnx]" in EXTRAS["dev"]
+    assert "eejax[artifact,docs,experiments]" in EXTRAS["dev"]
 
 
 def test_the_package_imports_nothing_of_the_experiments():
@@ -67,12 +78,14 @@ def test_the_package_imports_nothing_of_the_experiments():
 
 # Floors of the package, the ground first, as docs/architecture.md lists them.
 FLOORS = (
-    ("network", "exits", "compiling"),
+    ("network", "exits", "compiling", "runtime"),
     ("cost", "trace", "gates", "links", "backbone", "cascades", "checkpoint"),
     ("models", "policies", "benchmark"),
     ("adapters", "pretrained", "evaluation", "training"),
     ("selection", "inference"),
     ("bundle", "onnx"),
+    ("artifact",),
+    ("commands",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
@@ -95,10 +108,25 @@ def test_the_architecture_lists_the_floors():
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    code = "import sys, eejax; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, eejax; eejax.compact; print(*{n.split('.')[0] for n in sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"flax", "orbax", "matplotlib", "pandas", "sklearn", "tyro", "rich", "experiments"}
     assert not heavy & set(run.stdout.split())
+
+
+def test_a_public_name_is_imported_when_it_is_first_used():
+    code = "import sys, eejax; print('numpy' in sys.modules); print(len(eejax.__all__))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", str(len(eejax.__all__))]
+    stub = ast.parse((ROOT / "eejax" / "__init__.pyi").read_text())
+    (listed,) = [n.value for n in stub.body if isinstance(n, ast.Assign)]
+    assert sorted(ast.literal_eval(listed)) == sorted(eejax.__all__)
+    for name in eejax.__all__:
+        assert getattr(eejax, name) is not None
+    assert set(eejax.__all__) <= set(dir(eejax))
+    for name in ("nothing", "_nothing"):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'"):
+            getattr(eejax, name)
 
 
 PACKAGES = ["eejax"] + [

@@ -1,0 +1,15 @@
+"""Runs artifacts by ONNX Runtime, with NumPy and without JAX; every sample stops at its own exit.
+
+    runtime = eejax.runtime.load("artifact")  # what eejax.export or `eejax export` wrote
+    prediction = runtime.predict(images)  # prediction.labels, .exits, .logits
+
+Needs `onnxruntime` and `numpy` alone, so on a device `pip install --no-deps eejax` beside them is
+enough.
+"""
+
+from eejax.runtime.deadline import Anytime
+from eejax.runtime.engine import Prediction, Runtime, load
+from eejax.runtime.manifest import Manifest, read
+from eejax.runtime.verifying import Verified, verify
+
+__all__ = ["Anytime", "Manifest", "Prediction", "Runtime", "Verified", "load", "read", "verify"]
