@@ -1,9 +1,9 @@
 """The public names of `eejax`, which `__init__.py` imports when they are first used."""
 
 from eejax import training
-from eejax.artifact import export
+from eejax.artifact import Artifact, export, load
 from eejax.benchmark import seconds
-from eejax.bundle import Bundle, load
+from eejax.bundle import Bundle
 from eejax.cascades import cascade, cascade_variables
 from eejax.cost import Costs, macs, xla_macs
 from eejax.evaluation import Routed, Scored, metrics, route, score, significance
@@ -50,6 +50,7 @@ from eejax.trace import Trace, collect, read_trace, recorded, save_trace
 __version__: str
 
 __all__ = [
+    "Artifact",
     "Bundle",
     "Choice",
     "Costs",

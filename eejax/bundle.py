@@ -159,7 +159,7 @@ def save(bundle: Bundle, directory: str | Path) -> None:
     directory = Path(directory)
     policy, policy_arrays = to_arrays(bundle.policy)
     arrays = {
-        **_named(jax.device_get(bundle.variables)),
+        **variable_names(jax.device_get(bundle.variables)),
         **{POLICY + name: array for name, array in policy_arrays.items()},
         "thresholds": bundle.thresholds,
         "costs/stages": bundle.costs.stages,
@@ -244,7 +244,7 @@ def _read(place: Path) -> Bundle:
     )
     shapes = _shapes(bundle)
     _check_variables(arrays, shapes)
-    leaves = [jnp.asarray(arrays[name]) for name in _named(shapes)]
+    leaves = [jnp.asarray(arrays[name]) for name in variable_names(shapes)]
     variables = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     return dataclasses.replace(bundle, variables=variables)
 
@@ -320,14 +320,14 @@ def _shapes(bundle: Bundle) -> PyTree:
     return jax.eval_shape(bundle.network.init, jax.random.key(0), image)
 
 
-def _named(variables: PyTree) -> dict[str, Any]:
+def variable_names(variables: PyTree) -> dict[str, Any]:
     """The leaves by their names in the file, in the order of the leaves."""
     leaves = jax.tree.leaves_with_path(variables)
     return {VARIABLES + jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
 
 
 def _check_variables(arrays: Mapping[str, np.ndarray], shapes: PyTree) -> None:
-    expected = _named(shapes)
+    expected = variable_names(shapes)
     given = {name for name in arrays if name.startswith(VARIABLES)}
     if different := sorted(given ^ expected.keys()):
         where = "are not the network's" if different[0] in given else "of the network are missing"

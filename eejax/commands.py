@@ -20,6 +20,8 @@ from eejax.runtime import manifest
 
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _BATCH = 256
+# As in eejax.artifact, which needs JAX.
+_LAYERS = ("onnx", "stablehlo", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     export = command(_export, "export", "Write the artifact of a trained network.")
     export.add_argument("run", metavar="RUN", help="directory of a run, or of a bundle")
     export.add_argument("--to", required=True, metavar="DIR", help="directory to write")
+    export.add_argument(
+        "--layers",
+        nargs="+",
+        choices=_LAYERS,
+        default=_LAYERS,
+        help="what to write; each runs without the others; all by default",
+    )
     predict = command(
         _predict, "predict", "Predict images; a line for each, with its exit and confidence."
     )
@@ -65,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("directory", metavar="DIR", help="an artifact")
     verify.add_argument("--manifest-sha256", metavar="HASH", help="that its manifest must have")
+    verify.add_argument("--jax", action="store_true", help="run the programs for JAX, too")
     for added in (predict, verify):
         added.add_argument("--threads", type=int, help="by default one for each core")
     inspect = command(_inspect, "inspect", "Say what is in an artifact.")
@@ -82,7 +92,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from eejax.bundle import load
 
     start = time.perf_counter()
-    export(load(arguments.run), arguments.to)
+    export(load(arguments.run), arguments.to, layers=arguments.layers)
     size = sum(p.stat().st_size for p in Path(arguments.to).rglob("*") if p.is_file())
     seconds = time.perf_counter() - start
     print(f"{arguments.to}: {size / 1e6:.1f} MB in {seconds:.1f} s; eejax verify {arguments.to}")
@@ -233,12 +243,26 @@ def _verify(arguments: argparse.Namespace) -> int:
     from eejax import runtime
 
     artifact = runtime.load(arguments.directory, arguments.threads)
-    if arguments.manifest_sha256 not in (None, artifact.manifest.sha256):
-        print(f"not the manifest that was expected: {artifact.manifest.sha256}")
+    found, layers = artifact.manifest, artifact.manifest.content["layers"]
+    if arguments.manifest_sha256 not in (None, found.sha256):
+        print(f"not the manifest that was expected: {found.sha256}")
         return 1
-    found = runtime.verify(artifact)
-    print(
-        f"{found.files} files have their hashes; {found.images} recorded images: {found.labels} "
-        f"other labels, {found.exits} other exits, logits within {found.difference:.1e}"
-    )
-    return 0 if found.passed else 1
+    for name in found.files:
+        found.file(name)
+    print(f"{len(found.files)} files have their hashes")
+    passed = True
+    if "onnx" in layers:
+        models = runtime.verify(artifact)
+        passed = models.passed
+        print(
+            f"onnx: {models.images} recorded images, {models.labels} other labels, {models.exits} "
+            f"other exits, logits within {models.difference:.1e}"
+        )
+    for layer in [name for name in layers if name != "onnx"] if arguments.jax else ():
+        from eejax.artifact import load
+
+        images, _, exits = runtime.recorded(found)
+        other = int((load(arguments.directory, layer).predict(images).exits != exits).sum())
+        passed &= not other
+        print(f"{layer}: {len(images)} recorded images, {other} other exits")
+    return 0 if passed else 1

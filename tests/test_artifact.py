@@ -27,7 +27,7 @@ SEED = 20261128
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("artifact") / "small"
     certificate = {"risk": 0.05, "delta": 0.1, "data": "digits, 500 images"}
-    export(small_bundle(), place, certificate=certificate)
+    export(small_bundle(), place, layers=["onnx"], certificate=certificate)
     return place
 
 
@@ -62,7 +62,7 @@ def test_the_manifest_says_what_is_inside(place):
 def test_what_was_written_is_verified(place):
     found = runtime.verify(runtime.load(place, 1))
     assert found.passed
-    assert (found.files, found.images, found.labels, found.exits) == (7, 32, 0, 0)
+    assert (found.images, found.labels, found.exits) == (32, 0, 0)
     assert found.difference < 1e-4
 
 
@@ -71,7 +71,7 @@ def test_another_network_is_not_verified(copy, tmp_path):
     other = tmp_path / "other"
     bundle = small_bundle()
     weaker = dataclasses.replace(bundle, policy=policies.max_prob)
-    export(weaker, other)
+    export(weaker, other, layers=["onnx"])
     data = (other / "onnx" / "single.onnx").read_bytes()
     (copy / "onnx" / "single.onnx").write_bytes(data)
     entry = {"bytes": len(data), "sha256": manifest.sha256(data)}
@@ -82,21 +82,21 @@ def test_another_network_is_not_verified(copy, tmp_path):
 
 def test_infinite_thresholds_are_kept(tmp_path):
     bundle = dataclasses.replace(small_bundle(), thresholds=np.array([np.inf, -np.inf]))
-    export(bundle, tmp_path / "a")
+    export(bundle, tmp_path / "a", layers=["onnx"])
     assert runtime.read(tmp_path / "a").thresholds.tolist() == [np.inf, -np.inf]
 
 
 def test_an_artifact_is_replaced_and_nothing_else(copy, tmp_path):
     (copy / "onnx" / "stage4.onnx").write_bytes(b"of the user")
     with pytest.raises(ValueError, match=r"holds onnx/stage4\.onnx; give a directory of its own"):
-        export(small_bundle(), copy)
+        export(small_bundle(), copy, layers=["onnx"])
     (copy / "onnx" / "stage4.onnx").unlink()
-    export(small_bundle(), copy)
+    export(small_bundle(), copy, layers=["onnx"])
     assert runtime.read(copy).content["certificate"] is None
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
     (copy / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="Remove it, or give another directory"):
-        export(small_bundle(), copy)
+        export(small_bundle(), copy, layers=["onnx"])
 
 
 def test_what_cannot_be_exported_leaves_nothing(tmp_path):
@@ -106,8 +106,10 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path):
         export(random_policy, place)
     with pytest.raises(ValueError, match=r"give uint8 \[N, 12, 12, 3\]"):
         export(bundle, place, images=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="give some of onnx, stablehlo, export"):
+        export(bundle, place, layers=["torch"])
     with pytest.raises(ValueError, match="is not JSON"):
-        export(bundle, place, certificate={"risk": np.nan})
+        export(bundle, place, layers=["onnx"], certificate={"risk": np.nan})
     assert not list(tmp_path.iterdir())
 
 
@@ -220,12 +222,14 @@ def run(capsys, *argv) -> Any:
 
 def test_the_command_exports_a_run(tmp_path, capsys):
     bundles.save(small_bundle(), tmp_path / "run" / "bundle")
-    status, out, err = run(capsys, "export", tmp_path / "run", "--to", tmp_path / "artifact")
+    status, out, err = run(
+        capsys, "export", tmp_path / "run", "--to", tmp_path / "artifact", "--layers", "onnx"
+    )
     assert (status, err) == (0, "")
     assert "MB in" in out
     status, out, _ = run(capsys, "verify", tmp_path / "artifact")
     assert status == 0
-    assert "7 files have their hashes; 32 recorded images: 0 other labels, 0 other exits" in out
+    assert out.startswith("7 files have their hashes\nonnx: 32 recorded images, 0 other labels, 0 ")
     digest = runtime.read(tmp_path / "artifact").sha256
     good = run(capsys, "verify", tmp_path / "artifact", "--manifest-sha256", digest)
     other = run(capsys, "verify", tmp_path / "artifact", "--manifest-sha256", "0" * 64)

@@ -48,7 +48,12 @@ def requirements(lines):
 
 
 # What needs the extra `artifact`; the runtime needs nothing else but NumPy.
-ARTIFACT = {"onnx": {"onnx"}, "runtime": {"onnxruntime"}, "commands": {"pillow"}}
+ARTIFACT = {
+    "artifact": {"flatbuffers"},
+    "onnx": {"onnx"},
+    "runtime": {"onnxruntime"},
+    "commands": {"pillow"},
+}
 
 
 def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
@@ -79,7 +84,7 @@ def test_the_package_imports_nothing_of_the_experiments():
 # Floors of the package, the ground first, as docs/architecture.md lists them.
 FLOORS = (
     ("network", "exits", "compiling", "runtime"),
-    ("cost", "trace", "gates", "links", "backbone", "cascades", "checkpoint"),
+    ("cost", "trace", "gates", "links", "backbone", "cascades", "checkpoint", "stablehlo"),
     ("models", "policies", "benchmark"),
     ("adapters", "pretrained", "evaluation", "training"),
     ("selection", "inference"),

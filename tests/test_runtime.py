@@ -18,7 +18,7 @@ from eejax.runtime.engine import session
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("artifact") / "small"
-    export(small_bundle(), place, images=some_images(3, 12))
+    export(small_bundle(), place, layers=["onnx"], images=some_images(3, 12))
     return place
 
 

@@ -173,13 +173,16 @@ def check_tiles(tiles: Sequence[int] | None) -> None:
         )
 
 
-def choose_tiles(tiles: tuple[int, ...] | None, exit: Exit, images: Any) -> tuple[int, ...]:
+def choose_tiles(
+    tiles: tuple[int, ...] | None, exit: Exit, images: Any, platform: str | None = None
+) -> tuple[int, ...]:
     """The given tiles, or by default those of `default_tiles`.
 
     Args:
       tiles: or None.
       exit: the first.
       images: `[B, ...]`, or their shape and dtype.
+      platform: that the program will run on; default this one.
     """
     if tiles is not None:
         return tiles
@@ -187,10 +190,10 @@ def choose_tiles(tiles: tuple[int, ...] | None, exit: Exit, images: Any) -> tupl
         lambda images: exit.stage.apply(exit.variables[0], images, train=False)[0], images
     )
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(features))
-    return default_tiles(images.shape[0], num_bytes // images.shape[0])
+    return default_tiles(images.shape[0], num_bytes // images.shape[0], platform)
 
 
-def default_tiles(batch: int, sample_bytes: int) -> tuple[int, ...]:
+def default_tiles(batch: int, sample_bytes: int, platform: str | None = None) -> tuple[int, ...]:
     """Tiles for a batch, each a quarter of the one before, in powers of two.
 
     On a CPU at most 64, and fewer where features are large, so that a tile stays in the cache; the
@@ -200,8 +203,9 @@ def default_tiles(batch: int, sample_bytes: int) -> tuple[int, ...]:
     Args:
       batch: B.
       sample_bytes: of one sample's features after the first stage.
+      platform: that the program will run on; default this one.
     """
-    cpu = jax.default_backend() == "cpu"
+    cpu = (platform or jax.default_backend()) == "cpu"
     largest = min(batch, 64, max(TILE_BYTES // sample_bytes, 16)) if cpu else batch // 4
     largest = 1 << max(largest.bit_length() - 1, 0)
     sizes = (largest, largest // 4, largest // 16) if cpu else (largest, largest // 4)

@@ -10,6 +10,16 @@ enough.
 from eejax.runtime.deadline import Anytime
 from eejax.runtime.engine import Prediction, Runtime, load
 from eejax.runtime.manifest import Manifest, read
-from eejax.runtime.verifying import Verified, verify
+from eejax.runtime.verifying import Verified, recorded, verify
 
-__all__ = ["Anytime", "Manifest", "Prediction", "Runtime", "Verified", "load", "read", "verify"]
+__all__ = [
+    "Anytime",
+    "Manifest",
+    "Prediction",
+    "Runtime",
+    "Verified",
+    "load",
+    "read",
+    "recorded",
+    "verify",
+]

@@ -1,23 +1,11 @@
-"""An artifact: one directory from which a trained network runs without its code, and stops early.
-
-    eejax.export(eejax.load("runs/cifar10"), "artifact")
-    eejax.runtime.load("artifact").predict(images)  # needs onnxruntime and numpy alone
-
-| file | contents |
-|---|---|
-| `manifest.json` | classes, image, preprocessing, costs, policy, thresholds, certificate, metadata, versions, and size and SHA-256 of every file |
-| `onnx/single.onnx` | the network for one image, which runs no stage after the exit that it takes |
-| `onnx/stage1.onnx`, ... | each stage with its exit, for any batch size |
-| `recorded/...` | some images, the answer of every exit to them, and the exits taken |
-
-Thresholds are inputs of the models, with defaults; preprocessing is inside, and images are uint8.
-"""  # noqa: E501
+"""Writing an artifact."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eejax import onnx
+from eejax.artifact import programs
+from eejax.artifact.programs import WEIGHTS
 from eejax.bundle import Bundle, replace_directory
 from eejax.inference.step import bind_exits, exit_step, first_samples
 from eejax.policies import to_arrays
 from eejax.runtime import manifest
 from eejax.runtime.manifest import MANIFEST
 
+LAYERS = ("onnx", "stablehlo", "export")
 _RECORDED = 32
 
 
@@ -39,15 +29,17 @@ def export(
     bundle: Bundle,
     directory: str | Path,
     *,
+    layers: Sequence[str] = LAYERS,
     images: Any = None,
     certificate: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the artifact of a bundle, all or nothing; one that is already there is replaced.
 
     Args:
-      bundle: what to export; backbones that compute in bfloat16 or float16 are exported as they
-        are, and run where the runtime can.
+      bundle: what to export.
       directory: created, with its parents.
+      layers: what to write of `LAYERS`; each runs without the others. `"export"` needs the package
+        flatbuffers.
       images: uint8 `[N, height, width, channels]`, on which the answers are recorded that
         `eejax verify` expects; by default 32 of noise.
       certificate: what the thresholds guarantee, and on which data: anything that JSON holds. It is
@@ -55,10 +47,12 @@ def export(
 
     Raises:
       NotImplementedError: if an operation of the network or policy cannot be written in ONNX.
-      ValueError: if the images do not fit, the certificate is not JSON, or the directory holds
-        something else than an artifact.
+      ValueError: if a layer does not exist, the images do not fit, the certificate is not JSON, or
+        the directory holds something else than an artifact.
       OSError: if it cannot be written.
     """
+    if not layers or not set(layers) <= set(LAYERS):
+        raise ValueError(f"layers {list(layers)}; give some of {', '.join(LAYERS)}.")
     directory = Path(directory)
     sides = bundle.image
     if images is None:
@@ -68,22 +62,45 @@ def export(
         raise ValueError(
             f"images {images.dtype} {images.shape}; give uint8 [N, {', '.join(map(str, sides))}]."
         )
-    image = jax.ShapeDtypeStruct(sides, jnp.uint8)
-    args = (bundle.network, bundle.policy, bundle.variables, image, bundle.thresholds)
-    files = {"onnx/single.onnx": onnx.single(*args).SerializeToString(deterministic=True)}
-    for e, model in enumerate(onnx.stages(*args)):
-        files[f"onnx/stage{e + 1}.onnx"] = model.SerializeToString(deterministic=True)
+    files: dict[str, bytes] = {}
+    described: dict[str, Any] = {"layers": list(layers)}
+    if "onnx" in layers:
+        files |= _models(bundle)
+    if "stablehlo" in layers:
+        described["programs"] = {}
+        for name, program, description in programs.stored(bundle):
+            files[name] = program
+            described["programs"][name] = description
+    if "export" in layers:
+        files |= programs.exported(bundle)
+        described["exported"] = programs.exported_by(bundle)
+    if {"stablehlo", "export"} & set(layers):
+        files[WEIGHTS] = programs.weights(bundle)
     logits, exits = _answers(bundle, images)
     files["recorded/images.bin"] = images.tobytes()
     files["recorded/logits.bin"] = logits.astype("<f4").tobytes()
     files["recorded/exits.bin"] = exits.astype("<i4").tobytes()
-    files[MANIFEST] = _manifest(bundle, files, len(images), certificate)
+    files[MANIFEST] = _manifest(bundle, files, described, len(images), certificate)
     replace_directory(directory, files, _known(directory))
+
+
+def _models(bundle: Bundle) -> dict[str, bytes]:
+    from eejax import onnx  # which needs a package that the other layers do not
+
+    image = jax.ShapeDtypeStruct(bundle.image, jnp.uint8)
+    args = (bundle.network, bundle.policy, bundle.variables, image, bundle.thresholds)
+    models = {"single": onnx.single(*args)}
+    models |= {f"stage{e + 1}": model for e, model in enumerate(onnx.stages(*args))}
+    return {
+        f"onnx/{name}.onnx": model.SerializeToString(deterministic=True)
+        for name, model in models.items()
+    }
 
 
 def _manifest(
     bundle: Bundle,
     files: Mapping[str, bytes],
+    described: Mapping[str, Any],
     recorded: int,
     certificate: Mapping[str, Any] | None,
 ) -> bytes:
@@ -110,8 +127,9 @@ def _manifest(
         "thresholds": [manifest.number(t) for t in bundle.thresholds.tolist()],
         "certificate": dict(certificate) if certificate else None,
         "metadata": dict(bundle.metadata),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "onnx")},
+        "versions": _versions(),
         "recorded": recorded,
+        **described,
         "files": {
             name: {"bytes": len(data), "sha256": manifest.sha256(data)}
             for name, data in sorted(files.items())
@@ -124,6 +142,14 @@ def _manifest(
     whole = {"format": manifest.FORMAT, "version": manifest.VERSION}
     whole |= {"content_sha256": digest, "content": content}
     return json.dumps(whole, indent=1).encode()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("eejax", "jax", "jaxlib", "onnx"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _answers(bundle: Bundle, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
