@@ -33,9 +33,10 @@ def agree(network, policy, variables, images):
     np.testing.assert_allclose(logits.transpose(1, 0, 2), scored.logits, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(leaves.T, scored.scores[:, :-1] >= thresholds)
     expected = route(scored, thresholds)
-    run = session(single(network, policy, variables, shape, thresholds))
+    run = session(single(models))
     for i in range(len(images)):
-        logits, exits = run.run(["logits", "exits"], {"images": images[i : i + 1]})
+        given = {"images": images[i : i + 1], "thresholds": thresholds}
+        logits, exits = run.run(["logits", "exits"], given)
         assert exits.dtype == np.int32
         assert exits.tolist() == [expected.exits[i]]
         np.testing.assert_allclose(logits[0], expected.logits[i], rtol=1e-3, atol=1e-4)
@@ -139,7 +140,7 @@ def test_thresholds_that_do_not_fit_are_refused():
     network, variables = logits_alone()
     image = jax.ShapeDtypeStruct((EXITS * CLASSES,), jnp.float32)
     with pytest.raises(ValueError, match="2 thresholds for 4 exits"):
-        single(network, policies.max_prob, variables, image, [0.0, 1.0])
+        stages(network, policies.max_prob, variables, image, [0.0, 1.0])
 
 
 def test_a_size_that_depends_on_the_batch_is_refused():
@@ -163,10 +164,8 @@ def fast_models():
     image = jax.ShapeDtypeStruct((12, 12, 3), jnp.float32)
     variables = some_variables(network, image, SEED)
     thresholds = np.array([1.0, 2.0])
-    return (
-        stages(network, policies.max_prob, variables, image, thresholds),
-        single(network, policies.max_prob, variables, image, thresholds),
-    )
+    models = stages(network, policies.max_prob, variables, image, thresholds)
+    return models, single(models)
 
 
 def test_a_stage_of_convolutions_is_nothing_but_them():

@@ -89,8 +89,9 @@ def _models(bundle: Bundle) -> dict[str, bytes]:
 
     image = jax.ShapeDtypeStruct(bundle.image, jnp.uint8)
     args = (bundle.network, bundle.policy, bundle.variables, image, bundle.thresholds)
-    models = {"single": onnx.single(*args)}
-    models |= {f"stage{e + 1}": model for e, model in enumerate(onnx.stages(*args))}
+    stages = onnx.stages(*args)
+    models = {"single": onnx.single(stages)}
+    models |= {f"stage{e + 1}": model for e, model in enumerate(stages)}
     return {
         f"onnx/{name}.onnx": model.SerializeToString(deterministic=True)
         for name, model in models.items()

@@ -1,10 +1,11 @@
 """Early-exit networks as ONNX models, which run without JAX and still stop early.
 
-`stages` writes a model for each exit, for batches; `single` writes one that stops by itself, for
-one image. Both are made from what executors run, `eejax.inference.step.exit_step`: traced, and
-written operation by operation. Needs the extra `onnx`.
+`stages` writes a model for each exit, for batches: what executors run, `exit_step`, is traced and
+written operation by operation. `single` nests them into one that stops by itself, for one image.
+Needs the extra `artifact`.
 """
 
-from eejax.onnx.exits import single, stages
+from eejax.onnx.exits import stages
+from eejax.onnx.nesting import single
 
 __all__ = ["single", "stages"]

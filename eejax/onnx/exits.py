@@ -1,4 +1,4 @@
-"""An early-exit network in ONNX: a model for each stage, and one that stops by itself."""
+"""The stages of an early-exit network as ONNX models."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from eejax.inference.step import Samples, bind_exits, exit_step, first_samples
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.onnx.convert import convert
 from eejax.onnx.graph import Graph, Value
+from eejax.onnx.nesting import IMAGES, THRESHOLDS
 from eejax.onnx.passes import simplified
 from eejax.policies import Policy, check_thresholds
 
 # ONNX 1.16's pair: the first with all of Gelu, and old enough for runtimes of 2024.
 OPSET, IR = 21, 10
-IMAGES, THRESHOLDS = "images", "thresholds"
 # Tracing needs a batch size. These two stand for any; `_check_sizes` tells them from other sizes.
 _ANY, _ANOTHER = 8191, 8179
 
@@ -67,12 +67,12 @@ def stages(
     """
     defaults = check_thresholds(np.asarray(thresholds), network.num_exits)
     models, carried = [], []
-    for e, program in enumerate(_programs(network, policy, variables, image, _ANY)):
+    for e, program in enumerate(_programs(network, policy, variables, image)):
         if e == 0:
             inputs = [_whole(IMAGES, program.samples[0])]
         else:
             inputs = [v._replace(name=f"in{i}") for i, v in enumerate(carried)]
-        graph = Graph(f"exit{e + 1}.", inputs[0].name, _ANY)
+        graph = Graph(inputs[0].name, _ANY)
         logits, leaves, *after = convert(graph, program.jaxpr, [*inputs, _limits(defaults)])
         results = {"logits": logits}
         if e + 1 < network.num_exits:
@@ -84,68 +84,10 @@ def stages(
     return models
 
 
-def single(
-    network: EarlyExitNetwork,
-    policy: Policy,
-    variables: Variables,
-    image: Any,
-    thresholds: ArrayLike,
-) -> onnx.ModelProto:
-    """A model for one image that runs no stage after the exit that it takes.
-
-    It reads `images` `[1, ...]` and `thresholds`, and makes `logits` `[1, C]`, the policy's, and
-    `exits` `[1]`, the exit, 0-based, int32. Each exit but the last is an `If`; what follows the
-    exit stands in its branch with its weights, since runtimes prepare weights for their kernels
-    only in the graph that holds them.
-
-    Arguments and errors are those of `stages`.
-    """
-    defaults = check_thresholds(np.asarray(thresholds), network.num_exits)
-    programs = list(_programs(network, policy, variables, image, 1))
-    inputs = [_whole(IMAGES, programs[0].samples[0])]
-    graph, results = _from_exit(programs, 0, inputs, defaults)
-    return _model(graph, "network", inputs, results, defaults)
-
-
-def _from_exit(
-    programs: Sequence[Program], e: int, inputs: Sequence[Value], defaults: np.ndarray
-) -> tuple[Graph, dict[str, Value]]:
-    """The graph of exit e, and of those after it in the branch of an `If`; and its results."""
-    graph = Graph(f"exit{e + 1}.", IMAGES, None)
-    logits, leaves, *after = convert(graph, programs[e].jaxpr, [*inputs, _limits(defaults)])
-
-    def answer(graph: Graph, logits: Value) -> dict[str, Value]:
-        here = Value((1,), np.dtype(np.int32), (1,), (0,), graph.constant(np.full(1, e, np.int32)))
-        return {"logits": _made(graph, logits), "exits": _made(graph, here)}
-
-    if e + 1 == len(programs):
-        return graph, answer(graph, logits)
-    # Names of this graph, which its branches can read.
-    outer = [
-        v if v.constant is not None else v._replace(name=graph.held(v, v.order)) for v in after
-    ]
-    logits = logits._replace(name=graph.name(logits), order=(0, 1), held=logits.shape)
-    leave = Graph(f"leave{e + 1}.", IMAGES, None)
-    branches = {
-        "then_branch": (leave, answer(leave, logits)),
-        "else_branch": _from_exit(programs, e + 1, outer, defaults),
-    }
-    written = {name: _graph(name, *branch) for name, branch in branches.items()}
-    captured = [name for of_branch in written.values() for name in of_branch[1]]
-    condition = graph.add("Reshape", graph.name(leaves), graph.ints())
-    graphs = {name: of_branch[0] for name, of_branch in written.items()}
-    names = graph.add("If", condition, outputs=2, captured=captured, **graphs)
-    results = branches["else_branch"][1]
-    return graph, {
-        result: v._replace(name=name)
-        for (result, v), name in zip(results.items(), names, strict=True)
-    }
-
-
 def _programs(
-    network: EarlyExitNetwork, policy: Policy, variables: Variables, image: Any, batch: int
+    network: EarlyExitNetwork, policy: Policy, variables: Variables, image: Any
 ) -> Iterator[Program]:
-    """Every exit, traced for `batch` images."""
+    """Every exit, traced for a batch size that stands for any."""
 
     def traced(batch: int) -> Iterator[tuple[Any, Any]]:
         samples: Any = jax.ShapeDtypeStruct((batch, *image.shape), image.dtype)
@@ -163,10 +105,8 @@ def _programs(
             yield trace.jaxpr, samples
             samples = Samples(*trace.out_info[2])
 
-    others = traced(_ANOTHER) if batch == _ANY else itertools.repeat((None, None))
-    for (jaxpr, samples), (other, _) in zip(traced(batch), others, strict=False):
-        if other is not None:
-            _check_any_batch(jaxpr, other)
+    for (jaxpr, samples), (other, _) in zip(traced(_ANY), traced(_ANOTHER), strict=True):
+        _check_any_batch(jaxpr, other)
         yield Program(jaxpr, jax.tree.leaves(samples))
 
 
@@ -213,26 +153,6 @@ def _made(graph: Graph, value: Value, order: Sequence[int] | None = None) -> Val
     return _whole(name, value, order)
 
 
-def _graph(
-    title: str, graph: Graph, results: Mapping[str, Value]
-) -> tuple[onnx.GraphProto, list[str]]:
-    """A graph, and the names that it reads of those around it."""
-    names = [v.name for v in results.values()]
-    nodes, constants = simplified(graph.nodes, graph.constants, names)
-    protos = [
-        helper.make_node(node.op, node.inputs, node.outputs, **node.attributes) for node in nodes
-    ]
-    proto = helper.make_graph(
-        protos,
-        title,
-        [],
-        [_info(v) for v in results.values()],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    own = {*constants, *(name for node in nodes for name in node.outputs)}
-    return proto, sorted({name for node in nodes for name in node.reads} - own)
-
-
 def _model(
     graph: Graph,
     title: str,
@@ -240,29 +160,33 @@ def _model(
     results: Mapping[str, Value],
     defaults: np.ndarray,
 ) -> onnx.ModelProto:
-    internal: dict[str, Value] = {}
+    made = {}  # by the names within the graph, of which a value may have two outside
     for name, value in results.items():
-        twice = value.name in {v.name for v in internal.values()}
-        internal[name] = value._replace(name=graph.add("Identity", value.name)) if twice else value
-    proto, read = _graph(title, graph, internal)
-    _rename(proto, {value.name: name for name, value in internal.items()})
-    proto.input.extend(_info(value) for value in inputs)
-    if THRESHOLDS in read:
-        proto.input.append(_info(_limits(defaults)))
-        proto.initializer.append(numpy_helper.from_array(defaults, THRESHOLDS))
+        inner = graph.add("Identity", value.name) if value.name in made else value.name
+        made[inner] = name
+    nodes, constants = simplified(graph.nodes, graph.constants, list(made))
+    reads = {name for node in nodes for name in node.inputs}
+    given = [*inputs, *([_limits(defaults)] if THRESHOLDS in reads else [])]
+    if THRESHOLDS in reads:
+        constants = {**constants, THRESHOLDS: defaults}
+    proto = helper.make_graph(
+        [
+            helper.make_node(
+                node.op,
+                [made.get(name, name) for name in node.inputs],
+                [made.get(name, name) for name in node.outputs],
+                name=f"{node.op}{i}",
+                **node.attributes,
+            )
+            for i, node in enumerate(nodes)
+        ],
+        title,
+        [_info(value) for value in given],
+        [_info(value._replace(name=name)) for name, value in results.items()],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
     opset = helper.make_opsetid("", OPSET)
     return helper.make_model(proto, opset_imports=[opset], ir_version=IR, producer_name="eejax")
-
-
-def _rename(proto: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    """Renames values, in branches too."""
-    for node in proto.node:
-        for several in (node.input, node.output):
-            several[:] = [names.get(name, name) for name in several]
-        for attribute in node.attribute:
-            _rename(attribute.g, names)
-    for info in proto.output:
-        info.name = names.get(info.name, info.name)
 
 
 def _info(value: Value) -> onnx.ValueInfoProto:

@@ -38,20 +38,13 @@ class Node(NamedTuple):
     Attributes:
       op: its name.
       inputs, outputs: the names of values.
-      attributes: also graphs, the branches of an `If`.
-      captured: what its branches read of the values around them.
+      attributes: by name.
     """
 
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
-    captured: tuple[str, ...] = ()
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """All values that it needs."""
-        return self.inputs + self.captured
 
 
 class Graph:
@@ -63,34 +56,26 @@ class Graph:
       batch: as given.
     """
 
-    def __init__(self, prefix: str, images: str, batch: int | None) -> None:
+    def __init__(self, images: str, batch: int) -> None:
         """An empty graph.
 
         Args:
-          prefix: of all names that it makes; those of a graph inside another must differ.
           images: the name of a value that leads with the batch axis.
-          batch: the size in the traced program that stands for any; None if all are what they are.
+          batch: the size in the traced program that stands for any.
         """
         self.batch = batch
         self.nodes: list[Node] = []
         self.constants: dict[str, np.ndarray] = {}
-        self._prefix, self._images = prefix, images
+        self._images = images
         self._equal: dict[Any, str] = {}
         self._maker: dict[str, Node] = {}
         self._count = 0
         self._size = ""
 
-    def add(
-        self,
-        op: str,
-        *inputs: str,
-        outputs: int = 1,
-        captured: Sequence[str] = (),
-        **attributes: Any,
-    ) -> Any:
+    def add(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Adds a node; returns the name of its result, or of all if there are several."""
         names = tuple(self._fresh() for _ in range(outputs))
-        node = Node(op, inputs, names, attributes, tuple(captured))
+        node = Node(op, inputs, names, attributes)
         self.nodes.append(node)
         self._maker.update(dict.fromkeys(names, node))
         return names[0] if outputs == 1 else names
@@ -145,7 +130,7 @@ class Graph:
 
     def _fresh(self) -> str:
         self._count += 1
-        return f"{self._prefix}{self._count}"
+        return f"value{self._count}"
 
 
 def constant(array: Any, shape: Sequence[Any] | None = None) -> Value:

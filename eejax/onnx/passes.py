@@ -97,7 +97,7 @@ def simplified(
     constants = dict(constants)
     nodes = needed(spelled(needed(nodes, outputs), constants), outputs)
     nodes = needed(folded(direct(nodes, outputs), constants, outputs), outputs)
-    read = {name for node in nodes for name in node.reads}
+    read = {name for node in nodes for name in node.inputs}
     return nodes, {name: array for name, array in constants.items() if name in read}
 
 
@@ -107,18 +107,17 @@ def needed(nodes: Sequence[Node], outputs: Sequence[str]) -> list[Node]:
     for node in reversed(nodes):
         if names.intersection(node.outputs):
             kept.append(node)
-            names.update(node.reads)
+            names.update(node.inputs)
     return kept[::-1]
 
 
 def direct(nodes: Sequence[Node], outputs: Sequence[str]) -> list[Node]:
-    """Without identities, but for those that name an output or a value that a branch reads."""
-    kept_names = {*outputs, *(name for node in nodes for name in node.captured)}
+    """Without identities, but for those that name an output."""
     same: dict[str, str] = {}
     result = []
     for node in nodes:
         node = node._replace(inputs=tuple(same.get(name, name) for name in node.inputs))
-        if node.op == "Identity" and node.outputs[0] not in kept_names:
+        if node.op == "Identity" and node.outputs[0] not in outputs:
             same[node.outputs[0]] = node.inputs[0]
         else:
             result.append(node)
@@ -176,7 +175,7 @@ def folded(nodes: Sequence[Node], constants: Constants, outputs: Sequence[str]) 
 
     They follow it at once, or after a maximum over windows, which commutes with positive factors.
     """
-    uses = collections.Counter(name for node in nodes for name in node.reads)
+    uses = collections.Counter(name for node in nodes for name in node.inputs)
     uses.update(outputs)
     result: dict[str, Node] = {}  # by the first output
 
