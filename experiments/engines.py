@@ -200,23 +200,32 @@ ENGINES: dict[str, Callable[[Path], dict[str, Callable[..., Any]]]] = {
 
 def write_engines(workload: Workload, bundle: Any, place: Path) -> None:
     """Writes what the engines read: bundle, artifact, and the plain network."""
+    import eejax
+    from eejax import bundle as bundles
+
+    bundles.save(bundle, place / "bundle")
+    eejax.export(bundle, place / "artifact", layers=["onnx"], images=workload.images[:4])
+    (place / "plain.onnx").write_bytes(plain_model(bundle))
+
+
+def plain_model(bundle: Any, quantise: Any = None) -> bytes:
+    """The whole network without its early heads; `quantise` as for `eejax.export`."""
     import jax
 
     import eejax
-    from eejax import bundle as bundles
     from eejax import onnx
+    from eejax.onnx.quantising import quantised
 
-    bundles.save(bundle, place / "bundle")
-    eejax.export(bundle, place / "artifact", images=workload.images[:4])
     last = bundle.network.num_exits - 1
-    (plain,) = onnx.stages(
+    plain = onnx.stages(
         bundle.network.keeping([last]),
         eejax.max_prob,
         eejax.keep_variables(bundle.variables, [last]),
         jax.ShapeDtypeStruct(bundle.image, np.uint8),
         [],
     )
-    (place / "plain.onnx").write_bytes(plain.SerializeToString())
+    (model,) = plain if quantise is None else quantised(plain, quantise)
+    return model.SerializeToString()
 
 
 def rows(arguments: Arguments, workload: Workload, contenders: Sequence[Contender], say: Any):

@@ -50,7 +50,7 @@ def requirements(lines):
 # What needs the extra `artifact`; the runtime needs nothing else but NumPy.
 ARTIFACT = {
     "artifact": {"flatbuffers"},
-    "onnx": {"onnx"},
+    "onnx": {"onnx", "onnxruntime"},
     "runtime": {"onnxruntime"},
     "commands": {"pillow"},
 }

@@ -31,6 +31,7 @@ def export(
     *,
     layers: Sequence[str] = LAYERS,
     images: Any = None,
+    quantise: Any = None,
     certificate: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the artifact of a bundle, all or nothing; one that is already there is replaced.
@@ -42,6 +43,10 @@ def export(
         flatbuffers.
       images: uint8 `[N, height, width, channels]`, on which the answers are recorded that
         `eejax verify` expects; by default 32 of noise.
+      quantise: uint8 `[N, height, width, channels]`, some hundred that are held out: the models
+        compute their convolutions in int8, with ranges from these images. Temperatures and
+        thresholds of the bundle must come from answers of such models, as
+        `python -m experiments.quantise` chooses them. The layer must be `"onnx"` alone.
       certificate: what the thresholds guarantee, and on which data: anything that JSON holds. It is
         kept and shown.
 
@@ -53,6 +58,8 @@ def export(
     """
     if not layers or not set(layers) <= set(LAYERS):
         raise ValueError(f"layers {list(layers)}; give some of {', '.join(LAYERS)}.")
+    if quantise is not None and list(layers) != ["onnx"]:
+        raise ValueError(f'layers {list(layers)} in int8; give ["onnx"].')
     directory = Path(directory)
     sides = bundle.image
     if images is None:
@@ -65,7 +72,9 @@ def export(
     files: dict[str, bytes] = {}
     described: dict[str, Any] = {"layers": list(layers)}
     if "onnx" in layers:
-        files |= _models(bundle)
+        stages = models(bundle, quantise)
+        described["precision"] = "float32" if quantise is None else "int8"
+        files |= _model_files(stages)
     if "stablehlo" in layers:
         described["programs"] = {}
         for name, program, description in programs.stored(bundle):
@@ -76,7 +85,10 @@ def export(
         described["exported"] = programs.exported_by(bundle)
     if {"stablehlo", "export"} & set(layers):
         files[WEIGHTS] = programs.weights(bundle)
-    logits, exits = _answers(bundle, images)
+    if quantise is None:
+        logits, exits = _answers(bundle, images)
+    else:
+        logits, exits = _model_answers(stages, images, bundle.thresholds)
     files["recorded/images.bin"] = images.tobytes()
     files["recorded/logits.bin"] = logits.astype("<f4").tobytes()
     files["recorded/exits.bin"] = exits.astype("<i4").tobytes()
@@ -84,18 +96,28 @@ def export(
     replace_directory(directory, files, _known(directory))
 
 
-def _models(bundle: Bundle) -> dict[str, bytes]:
-    from eejax import onnx  # which needs a package that the other layers do not
+def models(bundle: Bundle, quantise: Any = None) -> list[Any]:
+    """The ONNX models of a bundle's stages, in float32, or in int8 with ranges from images.
+
+    Args:
+      bundle: the network.
+      quantise: None, or images as for `export`.
+    """
+    from eejax import onnx  # which needs packages that the other layers do not
+    from eejax.onnx.quantising import quantised
 
     image = jax.ShapeDtypeStruct(bundle.image, jnp.uint8)
     args = (bundle.network, bundle.policy, bundle.variables, image, bundle.thresholds)
     stages = onnx.stages(*args)
-    models = {"single": onnx.single(stages)}
-    models |= {f"stage{e + 1}": model for e, model in enumerate(stages)}
-    return {
-        f"onnx/{name}.onnx": model.SerializeToString(deterministic=True)
-        for name, model in models.items()
-    }
+    return stages if quantise is None else quantised(stages, np.asarray(quantise))
+
+
+def _model_files(stages: list[Any]) -> dict[str, bytes]:
+    from eejax import onnx
+
+    files = {"onnx/single.onnx": onnx.single(stages)}
+    files |= {f"onnx/stage{e + 1}.onnx": model for e, model in enumerate(stages)}
+    return {name: m.SerializeToString(deterministic=True) for name, m in files.items()}
 
 
 def _manifest(
@@ -166,6 +188,17 @@ def _answers(bundle: Bundle, images: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
     logits, leaves = run(bundle.variables, bundle.policy, images)
     return np.asarray(logits), np.asarray(leaves).argmax(1)
+
+
+def _model_answers(
+    stages: list[Any], images: np.ndarray, thresholds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `_answers`, by the models themselves: int8 answers are those of no JAX program."""
+    from eejax.onnx.quantising import chained
+
+    results = list(chained(stages, [images], thresholds))
+    leaves = [leaves for _, leaves in results]
+    return np.stack([logits for logits, _ in results], 1), np.stack(leaves, 1).argmax(1)
 
 
 def _noise(sides: tuple[int, int, int]) -> np.ndarray:
