@@ -256,8 +256,8 @@ def picture(rows: Sequence[dict[str, Any]], batch: int) -> Figure:
             axes.annotate(row["network"], (x, y), xytext=(4, 4), textcoords="offset points")
     axes.set_xlabel(f"milliseconds for {batch} image{'s' if batch > 1 else ''}")
     axes.set_ylabel("accuracy, %")
+    axes.margins(x=0.3, y=0.3)
     axes.set_xlim(left=0)
-    axes.margins(y=0.3)
     axes.legend()
     return figure
 
