@@ -30,15 +30,19 @@ __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _MODULES and _MODULES[name] != __name__:
-        value = getattr(importlib.import_module(_MODULES[name]), name)
-    else:
-        try:
+    module = _MODULES.get(name, __name__)
+    try:
+        if module != __name__:
+            value = getattr(importlib.import_module(module), name)
+        else:
             value = importlib.import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":
-                raise
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    except ModuleNotFoundError as error:
+        if error.name == f"{__name__}.{name}":
+            words = f"module {__name__!r} has no attribute {name!r}"
+        else:
+            words = f"{__name__}.{name} needs {error.name}, which is not installed"
+        # So that hasattr, dir and help work where JAX is not installed.
+        raise AttributeError(words) from error
     globals()[name] = value
     return value
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.action(arguments)
-    except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
         print(f"eejax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -67,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--format", choices=("csv", "jsonl"), default="csv")
     predict.add_argument("--to", metavar="FILE", help="where to write; by default to the terminal")
     predict.add_argument(
-        "--thresholds", type=_numbers, metavar="T,...", help="instead of the artifact's; inf is one"
+        "--thresholds",
+        type=_numbers,
+        metavar="T,...",
+        help="instead of the artifact's, as in --thresholds=-inf,0.5; inf is one, too",
     )
     verify = command(
         _verify, "verify", "Check every file's hash, and that recorded images get their answers."
@@ -220,19 +223,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     content = found.content
     height, width, channels = found.image
-    print(f"{content['network']['family']} {json.dumps(content['network']['arguments'])}")
+    network, policy, certificate = map(found.part, ("network", "policy", "certificate"))
+    print(f"{network['family']} {json.dumps(network['arguments'])}")
     print(f"{len(found.classes)} classes: {', '.join(found.classes[:12])}")
     print(f"images uint8 [{height}, {width}, {channels}]")
-    print(f"policy {json.dumps(content['policy']['rule'])}")
+    print(f"policy {json.dumps(policy['rule'])}")
     print("\nexit   cost   leaves from a score of")
     limits = [f"{t:.4g}" for t in found.thresholds.tolist()] + ["any"]
     for e, (cost, limit) in enumerate(zip(found.costs, limits, strict=True)):
         print(f"{e + 1:>4}  {cost:5.3f}   {limit}")
-    print(
-        f"\ncertificate {json.dumps(content['certificate']) if content['certificate'] else 'none'}"
-    )
-    print(f"metadata {json.dumps(content['metadata'])}")
-    print(f"versions {json.dumps(content['versions'])}")
+    print(f"\ncertificate {json.dumps(certificate) if certificate else 'none'}")
+    print(f"metadata {json.dumps(found.part('metadata'))}")
+    print(f"versions {json.dumps(found.part('versions'))}")
     print(f"manifest sha256 {found.sha256}")
     for name, entry in content["files"].items():
         print(f"{entry['bytes']:>12,}  {name}")
@@ -243,7 +245,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from eejax import runtime
 
     artifact = runtime.load(arguments.directory, arguments.threads)
-    found, layers = artifact.manifest, artifact.manifest.content["layers"]
+    found, layers = artifact.manifest, artifact.manifest.layers
     if arguments.manifest_sha256 not in (None, found.sha256):
         print(f"not the manifest that was expected: {found.sha256}")
         return 1

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,10 @@ def test_a_directory_without_an_artifact_is_refused(tmp_path):
         (lambda c: c.update(thresholds=["nan", 1.0]), "not numbers"),
         (lambda c: c.update(thresholds=["x", 1.0]), "could not convert"),
         (lambda c: c.update(recorded=0), "0 recorded images"),
+        (lambda c: c.update(files=[]), "has no attribute"),
+        (lambda c: c["files"]["onnx/single.onnx"].pop("sha256"), "no 'sha256'"),
+        (lambda c: c["files"]["onnx/single.onnx"].update(sha256=1), "has the hash 1"),
+        (lambda c: c.pop("layers"), "no 'layers'"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(copy, change, said):
@@ -185,6 +190,28 @@ def test_links_pipes_and_large_files_are_not_read(copy, tmp_path):
     (copy / "onnx").symlink_to(tmp_path / "folder")
     with pytest.raises(ValueError, match="onnx is a link"):
         runtime.load(copy, 1).predict(some_images(1, 2))
+
+
+def test_what_a_manifest_says_of_a_file_allocates_nothing(copy):
+    name = "recorded/exits.bin"
+    rewritten(copy, lambda content: content["files"][name].update(bytes=(4 << 30) - (1 << 28)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="is damaged"):
+        manifest.read(copy).file(name)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(ValueError, match=r"is not a file|cannot be read"):
+        manifest.read(copy).file(name)
+
+
+def test_models_that_are_not_as_described_are_refused(copy):
+    rewritten(copy, lambda content: content["image"].update(shape=[10, 12, 3]))
+    with pytest.raises(ValueError, match="cannot run a model"):
+        runtime.load(copy, 1).predict(np.zeros((1, 10, 12, 3), np.uint8))
+    rewritten(copy, lambda content: content.pop("network"))
+    assert commands.main(["inspect", str(copy)]) == 2
 
 
 def test_a_thousand_flips_and_truncations_are_refused_or_change_nothing(copy):

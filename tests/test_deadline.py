@@ -11,6 +11,7 @@ import toys
 
 from eejax import anytime
 from eejax.evaluation.routing import route, score
+from eejax.inference.deadline import RECENT
 from eejax.trace import collect
 
 EXITS, BATCH = 4, 6
@@ -109,3 +110,12 @@ def test_no_images_to_compile_for_are_refused():
     network = toys.shared_network(EXITS)
     with pytest.raises(ValueError, match="no images"):
         anytime(network, POLICY, toys.variables(network), toys.some_images(0, 0))
+
+
+def test_a_slow_moment_does_not_lock_a_stage_out(predict, scored):
+    images, _ = scored
+    slow(predict, 0.0, 3600.0, 0.0, 0.0)
+    never = [np.inf] * (EXITS - 1)
+    exits = [int(predict(never, images[:1], 60_000.0).exits[0]) for _ in range(RECENT + 1)]
+    assert exits[0] == 0
+    assert exits[-1] == EXITS - 1

@@ -17,6 +17,7 @@ from eejax.onnx.rules import RULES
 SEED = 20261128
 IMAGES = np.random.default_rng(SEED).normal(size=(3, 6, 7, 4)).astype(np.float32)
 ROWS = IMAGES.reshape(3, -1)[:, :24]
+SPREAD = np.arange(1.0, 6.0, dtype=np.float32)[None]
 SPECIAL = np.array([[0, -0.0, 1, -1, 3e38, -3e38, np.inf, -np.inf, np.nan, 1e-30]], np.float32)
 KERNEL = np.random.default_rng(SEED + 1).normal(size=(3, 3, 4, 8)).astype(np.float32)
 
@@ -32,6 +33,17 @@ def convolved(x, kernel=KERNEL, stride=(1, 1), padding: Any = "SAME", **options)
     return lax.conv_general_dilated(
         x, jnp.asarray(kernel), stride, padding, dimension_numbers=numbers, **options
     )
+
+
+def convolved_in_one(x):
+    return lax.conv_general_dilated(
+        x, jnp.asarray(KERNEL[0]), (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+    )
+
+
+def blocks(x, a, b):
+    batch, h, w, k = x.shape
+    return flat(x.reshape(batch, h // a, a, w // b, b, k).max((2, 4)))
 
 
 def attention(x):
@@ -105,8 +117,24 @@ FUNCTIONS = {
     "conditional_on_a_constant": lambda x: flat(
         lax.cond(np.bool_(True), lambda x: x + 1, lambda x: x, x)
     ),
+    # What looks like pooling, and is not, or not of all that stands there.
+    "pooled_every_second": lambda x: blocks(convolved(x)[:, ::2, ::2], 1, 2),
+    "pooled_crop": lambda x: blocks(convolved(x)[:, :4, :4], 2, 2),
+    "pooled_channels": lambda x: blocks(convolved(x)[..., :3], 2, 1),
+    "pooled_shifted": lambda x: blocks(convolved(x)[:, 2:, 1:], 2, 2),
+    "pooled_transposed": lambda x: flat(
+        convolved(x).reshape(x.shape[0], 3, 2, 7, 1, 8).transpose(0, 2, 1, 3, 4, 5).max((2, 4))
+    ),
+    "pooled_otherwise": lambda x: flat(convolved(x).reshape(x.shape[0], 3, 2, 7, 4, 2).max((2, 4))),
+    "softmax_of_two_axes": lambda x: flat(nn.softmax(x, (1, 2)) + nn.log_softmax(x, (1, 2))),
+    "logsumexp_of_two_axes": lambda x: flat(jax.nn.logsumexp(x, axis=(1, 3))),
+    "times_and_over_vectors": lambda x: x.mean((1, 2, 3))[:, None] * SPREAD / SPREAD,
+    "times_and_over_numbers": lambda x: flat(x * 3.0 / 3.0 + x * 0.5 / 2.0),
+    "scaled_in_one_dimension": lambda x: flat(convolved_in_one(x[:, 0]) * 2.0 + 1.0),
+    "counted": lambda x: flat((convolved(x) > 0).sum((1, 2))),
+    "nothing_reduced": lambda x: flat(jnp.sum(x, axis=())),
+    "two_behind_a_barrier": lambda x: flat(sum(lax.optimization_barrier((x, 2 * x)))),
     "barrier": lambda x: flat(lax.optimization_barrier(lax.stop_gradient(jnp.copy(x)))),
-    "casts": lambda x: flat((100 * x).astype(jnp.int32).astype(jnp.float32)),
 }
 
 
@@ -155,6 +183,13 @@ def test_zeros_infinities_and_nan_come_out_as_in_jax(function):
         (lambda x: jnp.einsum("bhwk,bhwk->bk", x, x), "a product over 2 axes"),
         (lambda x: flat(lax.cummin(x, axis=1, reverse=True)), "from the end"),
         (lambda x: flat(x.at[:, 1, 2].set(0.0)), "scatter that is not"),
+        (lambda x: flat(x.at[:, 9].set(0.0)), "a scatter at 9 of an axis of 6"),
+        (lambda x: flat((100 * x).astype(jnp.int32)), "floats as integers"),
+        (lambda x: flat(convolved(x, padding=((-1, 0), (0, 0)))), "crops its image"),
+        (lambda x: flat(MAX_POOL(x, (2, 2), (1, 1), ((0, 2), (0, 0)))), "padded by"),
+        (lambda x: flat(x - x.mean((0, 1, 2, 3))), "must not depend on the size of the batch"),
+        (lambda x: flat(x) / x.shape[0], "must not depend on the size of the batch"),
+        (lambda x: flat(x) + np.zeros((x.shape[0], 1), np.float32), "must not depend on"),
     ],
 )
 def test_what_cannot_be_written_is_refused_by_name(function, said):

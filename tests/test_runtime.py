@@ -12,7 +12,8 @@ from onnx_models import reference, small_bundle, some_images
 
 from eejax import runtime
 from eejax.artifact import export
-from eejax.runtime.engine import session
+from eejax.runtime.deadline import RECENT
+from eejax.runtime.engine import Stage, session
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,40 @@ def test_a_stream_holds_no_more_than_its_window(loaded):
         assert read - 10 * number <= 32 + 10
 
 
+def test_a_caller_may_fill_its_array_anew(loaded):
+    images, array = some_images(12, 40), np.empty((10, 12, 12, 3), np.uint8)
+
+    def batches():
+        for start in range(0, 40, 10):
+            array[:] = images[start : start + 10]
+            yield array
+
+    got = np.concatenate([p.exits for p in loaded.stream(batches(), tile=16, window=64)])
+    np.testing.assert_array_equal(got, loaded.predict(images).exits)
+
+
+def test_one_sample_that_lags_does_not_hold_all_others_up(loaded):
+    """The window counts from the oldest answer that is missing."""
+    read = 0
+
+    class Lagging(type(loaded)):
+        def run_stage(self, e, arrays, thresholds):
+            count = len(arrays[0])
+            leaves = np.ones(count, bool)
+            if e == 0 and read == 16:
+                leaves[0] = False
+            return Stage(np.zeros((count, 10), np.float32), leaves, (arrays[0],))
+
+    def batches():
+        nonlocal read
+        for _ in range(50):
+            read += 16
+            yield some_images(13, 16)
+
+    for number, _ in enumerate(Lagging(loaded.manifest, 1).stream(batches(), tile=16, window=64)):
+        assert read - 16 * number <= 64 + 16
+
+
 def test_survivors_wait_for_a_full_tile(loaded):
     sizes = []
 
@@ -153,6 +188,15 @@ def test_a_deadline_ends_at_the_last_exit_that_is_reached_in_time(loaded):
         anytime(some_images(1, 5), 10)
 
 
+def test_a_slow_moment_does_not_lock_a_stage_out(loaded):
+    anytime = runtime.Anytime(loaded, 1, measure=4)
+    image, never = some_images(14, 1), [np.inf, np.inf]
+    anytime.seconds[1, 0] = 1000.0
+    taken = [int(anytime(image, 60_000, never).exits[0]) for _ in range(RECENT + 1)]
+    assert taken[0] == 0
+    assert taken[-1] == 2
+
+
 def test_neither_jax_nor_flax_is_loaded(place):
     code = f"""
 import json, sys
@@ -169,3 +213,20 @@ print(json.dumps([prediction.exits.tolist(), sorted(names)]))
     exits, names = json.loads(run.stdout.splitlines()[-1])
     assert len(exits) == 3
     assert not {"jax", "jaxlib", "flax", "scipy", "optax", "onnx", "safetensors"} & set(names)
+
+
+def test_without_jax_its_names_are_missing_and_nothing_else():
+    code = """
+import sys
+for name in ("jax", "jaxlib"):
+    sys.modules[name] = None
+import eejax
+print(hasattr(eejax, "runtime"), hasattr(eejax, "load"), hasattr(eejax, "models"))
+try:
+    eejax.compact
+except AttributeError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("True False False")
+    assert "needs jax" in run.stdout

@@ -155,12 +155,12 @@ def load(directory: str | Path, layer: str | None = None) -> Any:
     if not (directory / MANIFEST).exists():
         return bundles.load(directory)
     found = manifest.read(directory)
-    layers = [name for name in ("stablehlo", "export") if name in found.content["layers"]]
+    layers = [name for name in ("stablehlo", "export") if name in found.layers]
     if layer is None and layers:
         layer = layers[0]
     if layer not in layers:
         raise ValueError(
-            f"{directory} holds {', '.join(found.content['layers'])} and no programs for JAX; run "
+            f"{directory} holds {', '.join(found.layers)} and no programs for JAX; run "
             "it by eejax.runtime.load, or export it with stablehlo."
         )
     if layer == "export":
@@ -169,8 +169,11 @@ def load(directory: str | Path, layer: str | None = None) -> Any:
 
 
 def _warn_of_expiry(found: Manifest) -> None:
-    by = found.content["exported"]
-    left = (datetime.date.fromisoformat(by["expires"]) - datetime.date.today()).days
+    by = found.part("exported")
+    try:
+        left = (datetime.date.fromisoformat(by["expires"]) - datetime.date.today()).days
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{found.directory} does not say when its exports expire.") from error
     if left <= _WARN_DAYS:
         when = f"in {left} days" if left >= 0 else f"{-left} days ago"
         warnings.warn(

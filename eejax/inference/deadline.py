@@ -30,7 +30,8 @@ class Anytime:
       batch: images a call, at most.
       seconds: `[E + 1, RECENT]`, recent times of each stage with its head, dispatch and the
         transfer of its decision; in the last row the time of a call outside of its stages. The
-        oldest measurement is overwritten first.
+        oldest measurement is overwritten first, by the median where there was no time for the
+        stage.
     """
 
     def __init__(self, batch: int, stages: list[Callable[..., tuple[WholeBatch, Array]]]):
@@ -82,12 +83,20 @@ class Anytime:
             more = bool(undecided)
             before, now = now, time.perf_counter()
             self._note(e, now - before)
-            if not more or now + needed[min(e + 1, last)] > due:
+            if not more:
+                break
+            if e < last and now + needed[e + 1] > due:
+                self._forget(e + 1)
                 break
         logits, exits = (np.asarray(x)[:count] for x in (state.logits, state.exits))
         result = Prediction.of(logits, exits)
         self._note(-1, time.perf_counter() - now + start - begin)
         return result
+
+    def _forget(self, row: int) -> None:
+        """Writes a usual time over the oldest, so that a slow moment does not lock a stage out."""
+        known = self.seconds[row][self.seconds[row] > 0]
+        self._note(row, float(np.median(known)) if len(known) else 0.0)
 
     def _note(self, row: int, seconds: float) -> None:
         self.seconds[row, self._calls[row] % RECENT] = seconds

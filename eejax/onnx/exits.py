@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import onnx
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Literal, jaxprs_in_params
 from numpy.typing import ArrayLike
 from onnx import helper, numpy_helper
 
@@ -113,20 +113,31 @@ def _programs(
 def _check_any_batch(some: Any, other: Any) -> None:
     """Raises NotImplementedError unless two programs differ in the sizes that stand for any batch
     and in nothing else, wherever these occur."""
-    for a, b in itertools.zip_longest(_shapes(some), _shapes(other)):
-        sizes = list(itertools.zip_longest(a or (), b or ()))
-        if not all(pair == (_ANY, _ANOTHER) or (pair[0] == pair[1] != _ANY) for pair in sizes):
+    for a, b in itertools.zip_longest(_facts(some), _facts(other)):
+        if a is None or b is None or len(a) != len(b) or not all(map(_same_fact, a, b)):
             raise NotImplementedError(
-                f"{a} values for {_ANY} images and {b} for {_ANOTHER}; sizes must be those of "
-                "the batch, or not depend on it."
+                f"{a} for {_ANY} images and {b} for {_ANOTHER}; what a network computes for an "
+                "image must not depend on the size of the batch."
             )
 
 
-def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-    for equation in jaxpr.eqns:
-        yield from (v.aval.shape for v in equation.outvars)
+def _facts(closed: Any) -> Iterator[tuple[Any, ...]]:
+    """What makes a program: names, shapes and literals of its equations, and its constants."""
+    for constant in getattr(closed, "consts", ()):
+        yield ("constant", str(np.shape(constant)))  # of no batch
+    for equation in closed.eqns:
+        literals = (a.val for a in equation.invars if isinstance(a, Literal))
+        yield (equation.primitive.name, *literals)
+        for v in equation.outvars:
+            yield v.aval.shape
         for inner in jaxprs_in_params(equation.params):
-            yield from _shapes(inner)
+            yield from _facts(inner)
+
+
+def _same_fact(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return (a, b) == (_ANY, _ANOTHER) or a == b != _ANY
+    return np.array_equal(a, b, equal_nan=not isinstance(a, str))
 
 
 def _whole(name: str, like: Any, order: Sequence[int] | None = None) -> Value:

@@ -52,6 +52,8 @@ class Graph:
 
     Attributes:
       nodes: the operations.
+      sources: for the result of a reshape, or of a slice that only shortens, by its name, which of
+        the two it is and what was read.
       constants: weights and all other constants.
       batch: as given.
     """
@@ -65,6 +67,7 @@ class Graph:
         """
         self.batch = batch
         self.nodes: list[Node] = []
+        self.sources: dict[str, tuple[str, Value]] = {}
         self.constants: dict[str, np.ndarray] = {}
         self._images = images
         self._equal: dict[Any, str] = {}
@@ -106,11 +109,6 @@ class Graph:
     def makes(self, name: str) -> bool:
         """Whether a value is the result of a node here."""
         return name in self._maker
-
-    def made(self, name: str, op: str) -> Node | None:
-        """The node that makes a value, if it is of this kind."""
-        node = self._maker.get(name)
-        return node if node is not None and node.op == op else None
 
     def held(self, value: Value, order: Sequence[int]) -> str:
         """The name of a value with its axes in this order; an axis held with size 1 stays so."""

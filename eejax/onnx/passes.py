@@ -132,8 +132,7 @@ def spelled(nodes: Sequence[Node], constants: Constants) -> list[Node]:
         maker.update(dict.fromkeys(node.outputs, node))
         for idiom in IDIOMS:
             words = _match(idiom.pattern, node.outputs[0], {}, maker, constants)
-            fixed = words is None or all(words[w] in constants for w in ("axes", "n") if w in words)
-            if words is not None and fixed:
+            if words is not None and _is_legal(idiom, words, constants):
                 attributes = dict(idiom.attributes)
                 if idiom.axis:
                     attributes["axis"] = int(constants[words["axes"]][0])
@@ -145,6 +144,20 @@ def spelled(nodes: Sequence[Node], constants: Constants) -> list[Node]:
     return result
 
 
+def _is_legal(idiom: Idiom, words: Words, constants: Constants) -> bool:
+    """Whether the constants that an idiom's words stand for are what the operation needs."""
+    if "axes" in words:
+        axes = constants.get(words["axes"])
+        if axes is None or (idiom.axis and axes.size != 1):
+            return False
+    if "n" in words:
+        n = constants.get(words["n"])
+        if n is None or n.ndim or not np.issubdtype(n.dtype, np.floating):
+            return False
+        return bool(np.isfinite(n) and n != 0)
+    return True
+
+
 def _match(
     pattern: Pattern, name: str, words: Words, maker: Mapping[str, Node], constants: Constants
 ) -> Words | None:
@@ -153,7 +166,8 @@ def _match(
         return {**words, pattern: name} if words.get(pattern, name) == name else None
     if isinstance(pattern, float):
         array = constants.get(name)
-        return words if array is not None and (array == np.float32(pattern)).all() else None
+        alike = array is not None and array.size == 1 and array.item() == np.float32(pattern)
+        return words if alike else None
     if pattern[0] == "=":
         found = _match(pattern[2], name, words, maker, constants)
         return None if found is None else _match(pattern[1], name, found, maker, constants)
@@ -189,7 +203,7 @@ def folded(nodes: Sequence[Node], constants: Constants, outputs: Sequence[str]) 
             source, factor, offset = scaled
             pool = sole_maker(source, "MaxPool") if (factor > 0).all() else None
             conv = sole_maker(pool.inputs[0] if pool else source, "Conv")
-            if conv is not None and conv.inputs[1] in constants:
+            if conv is not None and _can_take(conv, factor, offset, constants):
                 new = _with(conv, factor, offset, constants)
                 if pool:
                     result[conv.outputs[0]] = new
@@ -217,6 +231,14 @@ def _scaled(node: Node, constants: Constants) -> tuple[str, np.ndarray, np.ndarr
     if node.op in ("Add", "Sub"):
         return x, none, c if node.op == "Add" else -c
     return x, c if node.op == "Mul" else 1 / c, np.zeros(1)
+
+
+def _can_take(conv: Node, factor: np.ndarray, offset: np.ndarray, constants: Constants) -> bool:
+    kernel = constants.get(conv.inputs[1])
+    if kernel is None or kernel.ndim != 4:
+        return False
+    fits = all(c.size in (1, len(kernel)) and np.isfinite(c).all() for c in (factor, offset))
+    return fits and (len(conv.inputs) == 2 or conv.inputs[2] in constants)
 
 
 def _with(conv: Node, factor: np.ndarray, offset: np.ndarray, constants: Constants) -> Node:

@@ -64,13 +64,13 @@ def chained(
     """
     limits = np.asarray(thresholds, np.float32)
     inputs = [{"images": part} for part in parts]
-    with _quiet():
-        for stage in stages:
+    for stage in stages:
+        with _quiet():  # not across a yield: it is the whole process's
             made = list(_run(stage, inputs, limits))
-            logits = np.concatenate([m["logits"] for m in made])
-            leaves = [m.get("leaves", np.ones(len(m["logits"]), bool)) for m in made]
-            yield logits, np.concatenate(leaves)
-            inputs = [_renamed(m) for m in made]
+        logits = np.concatenate([m["logits"] for m in made])
+        leaves = [m.get("leaves", np.ones(len(m["logits"]), bool)) for m in made]
+        yield logits, np.concatenate(leaves)
+        inputs = [_renamed(m) for m in made]
 
 
 @contextlib.contextmanager

@@ -115,12 +115,14 @@ def convert(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any)
     (x,) = inputs
     if x.dtype == out.dtype:
         return x
+    if np.issubdtype(x.dtype, np.floating) and np.issubdtype(out.dtype, np.integer):
+        raise NotImplementedError("floats as integers: ONNX leaves open what is out of range.")
     name = graph.add("Cast", graph.held(x, x.order), to=_type(out.dtype))
     return result(out, name, x.order, x.held)
 
 
-def same(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
-    return inputs[0]
+def same(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> list[Value]:
+    return inputs
 
 
 def transpose(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
@@ -145,7 +147,11 @@ def reshape(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any)
     (x,) = inputs
     # -1 is the size that is left over; so the batch needs no node.
     sizes = [-1 if size == graph.batch else size for size in out.shape]
-    return result(out, graph.add("Reshape", graph.name(x), graph.ints(*sizes)))
+    if 0 in out.shape:
+        raise NotImplementedError(f"an empty value {out.shape}.")
+    name = graph.add("Reshape", graph.name(x), graph.ints(*sizes))
+    graph.sources[name] = ("reshape", x)
+    return result(out, name)
 
 
 def squeeze(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
@@ -172,6 +178,8 @@ def cut(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> 
     picked = [graph.ints(*(int(each[i]) for i in axes)) for each in (start, stop)]
     places = graph.ints(*(x.order.index(i) for i in axes))
     name = graph.add("Slice", x.name, *picked, places, graph.ints(*(int(steps[i]) for i in axes)))
+    if not any(start) and {*steps} == {1}:
+        graph.sources[name] = ("shorten", x)
     return result(out, name, x.order, held)
 
 
@@ -204,19 +212,24 @@ def pad(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> 
 def reduce(op: str) -> Rule:
     def rule(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
         (x,), axes = inputs, params["axes"]
+        if not axes:
+            return x
+        is_float = np.issubdtype(x.dtype, np.floating)
         places = sorted(x.order.index(i) for i in axes)
         left = [i for i in range(len(x.shape)) if i not in axes]
         order = [left.index(i) for i in x.order if i not in axes]
         name = graph.name(x, x.order)
-        if len(x.shape) == 4 and places == [2, 3] and op in _GLOBAL:
-            # The pooling stays in a runtime's own layout of images, a reduction does not.
+        if len(x.shape) == 4 and places == [2, 3] and op in _GLOBAL and is_float:
+            # The pooling stays in a runtime's own layout of images, a reduction does not. A
+            # maximum may lose a NaN.
             pooled = graph.add(_GLOBAL[op], name)
             name = graph.add("Reshape", pooled, graph.ints(0, -1))
             if op == "ReduceSum":
                 pixels = math.prod(x.shape[i] for i in axes)
                 name = graph.add("Mul", name, graph.constant(np.asarray(pixels, x.dtype)))
             return result(out, name, order)
-        if (blocks := _blocks(graph, x, axes)) is not None and op == "ReduceMax":
+        blocks = _blocks(graph, x, axes) if op == "ReduceMax" and is_float else None
+        if blocks is not None:
             return result(out, graph.add("MaxPool", blocks[0], **blocks[1]), (0, 3, 1, 2))
         name = graph.add(op, name, graph.ints(*places), keepdims=0)
         return result(out, name, order)
@@ -228,19 +241,20 @@ _GLOBAL = {"ReduceSum": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
 
 
 def _blocks(graph: Graph, x: Value, axes: Sequence[int]) -> Any:
-    """Input and attributes of the pooling that `[B, H/a, a, W/b, b, K].max((2, 4))` is; or None."""
-    node = graph.made(x.name, "Reshape")
-    if len(x.shape) != 6 or tuple(axes) != (2, 4) or node is None:
+    """Input and attributes of the pooling that `[B, H/a, a, W/b, b, K].max((2, 4))` is of images
+    `[B, H, W, K]`; None for anything else."""
+    kind, image = graph.sources.get(x.name, ("", x))
+    if kind != "reshape" or len(image.shape) != 4 or x.order != tuple(range(6)):
         return None
-    image = graph.made(node.inputs[0], "Transpose")
-    if image is None or image.attributes["perm"] != [0, 2, 3, 1]:
+    (b, h, w, k), (_, rows, a, columns, c, _) = image.shape, x.shape
+    if tuple(axes) != (2, 4) or x.shape != (b, h // a, a, w // c, c, k) or (h % a, w % c) != (0, 0):
         return None
-    name, (_, _, a, _, b, _) = image.inputs[0], x.shape
-    trimmed = graph.made(name, "Slice")
-    if trimmed is not None and not any(graph.constants[trimmed.inputs[1]].ravel()):
-        # What does not fill a window is left out by the pooling itself.
-        name = trimmed.inputs[0]
-    return name, {"kernel_shape": [a, b], "strides": [a, b]}
+    kind, longer = graph.sources.get(image.name, ("", image))
+    # What does not fill a window is left out by the pooling itself.
+    left_over = kind == "shorten" and longer.shape[::3] == (b, k)
+    if left_over and (longer.shape[1] // a, longer.shape[2] // c) == (rows, columns):
+        image = longer
+    return graph.name(image, (0, 3, 1, 2)), {"kernel_shape": [a, c], "strides": [a, c]}
 
 
 def window(op: str) -> Rule:
@@ -250,8 +264,15 @@ def window(op: str) -> Rule:
         padding = params["padding"]
         dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
         still = [i for i in range(len(x.shape)) if sizes[i] == steps[i] == 1]
-        if dilated or len(x.shape) != 4 or still[:1] != [0] or 3 not in still:
-            raise NotImplementedError(f"a reduction over windows of {sizes} of {x.shape}.")
+        wide = any(
+            max(side) >= size for side, size in zip(padding, sizes, strict=True) if any(side)
+        )
+        is_float = np.issubdtype(x.dtype, np.floating)
+        whole = len(x.shape) == 4 and still[:1] == [0] and 3 in still and is_float
+        if dilated or wide or not whole:
+            raise NotImplementedError(
+                f"a reduction over windows of {sizes} of {x.dtype} {x.shape}, padded by {padding}."
+            )
         name = graph.name(x, (0, 3, 1, 2))
         attributes: dict[str, Any] = {
             "kernel_shape": list(sizes[1:3]),
@@ -272,6 +293,8 @@ def convolution(graph: Graph, params: dict[str, Any], inputs: list[Value], out: 
     numbers, padding = params["dimension_numbers"], params["padding"]
     if {*params["lhs_dilation"]} != {1} or params["batch_group_count"] != 1:
         raise NotImplementedError("a transposed convolution, or one grouped over the batch.")
+    if min(size for side in padding for size in side) < 0:
+        raise NotImplementedError(f"a convolution that crops its image, padding {padding}.")
     name = graph.add(
         "Conv",
         graph.name(x, numbers.lhs_spec),
@@ -347,6 +370,8 @@ def scatter(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any)
         raise NotImplementedError("a scatter that is not `x.at[..., i].set(y)` with a constant i.")
     assert index.constant is not None
     i, axis = int(index.constant.ravel()[0]), axes[0]
+    if not 0 <= i < x.shape[axis]:
+        raise NotImplementedError(f"a scatter at {i} of an axis of {x.shape[axis]}.")
     name, at = graph.name(x), graph.ints(axis)
     parts = [graph.add("Unsqueeze", graph.name(update), at)]
     if i:
@@ -372,6 +397,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "eq": elementwise("Equal"),
     "erfc": composed(("Erf", None), ("Neg", None), ("Add", 1)),
     "exp": elementwise("Exp"),
+    # To float32's precision of 1, not of the result: near 0 it is coarser than JAX's. So is log1p.
     "expm1": composed(("Exp", None), ("Sub", 1)),
     "ge": elementwise("GreaterOrEqual"),
     "gt": elementwise("Greater"),

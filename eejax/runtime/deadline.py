@@ -23,7 +23,8 @@ class Anytime:
     Attributes:
       batch: images a call, at most.
       seconds: `[E + 1, RECENT]`, recent times of each stage, and in the last row of a call outside
-        of its stages; the oldest measurement is overwritten first.
+        of its stages; the oldest measurement is overwritten first, by the median where there was
+        no time for the stage.
     """
 
     def __init__(self, runtime: Runtime, batch: int = 1, measure: int = 32) -> None:
@@ -92,11 +93,19 @@ class Anytime:
             open_, arrays = open_[stays], tuple(array[stays] for array in stage.arrays)
             before, now = now, time.perf_counter()
             self._note(e, now - before)
-            if not len(open_) or now + needed[min(e + 1, last)] > due:
+            if not len(open_):
+                break
+            if e < last and now + needed[e + 1] > due:
+                self._forget(e + 1)
                 break
         result = Prediction.of(logits, exits)
         self._note(-1, time.perf_counter() - now + start - begin)
         return result
+
+    def _forget(self, row: int) -> None:
+        """Writes a usual time over the oldest, so that a slow moment does not lock a stage out."""
+        known = self.seconds[row][self.seconds[row] > 0]
+        self._note(row, float(np.median(known)) if len(known) else 0.0)
 
     def _note(self, row: int, seconds: float) -> None:
         self.seconds[row, self._calls[row] % RECENT] = seconds

@@ -96,8 +96,7 @@ class Runtime:
         given, limits = self.checked(images, thresholds)
         if len(given) == 1:
             feeds = {"images": given, **_limits(self._single, limits)}
-            logits, exits = self._single.run(["logits", "exits"], feeds)
-            return Prediction.of(np.asarray(logits), np.asarray(exits))
+            return Prediction.of(*_run(self._single, feeds))
         return next(iter(self.stream([given], limits)))
 
     def stream(
@@ -117,7 +116,8 @@ class Runtime:
           batches: of uint8 images `[b, height, width, channels]`, b >= 1.
           thresholds: E - 1; those of the artifact by default.
           tile: samples a run of a stage, at most.
-          window: images under way between two batches, at most.
+          window: images under way between two batches, at most: from the first that has no answer
+            to the last that was read.
 
         Raises:
           ValueError: if images or thresholds do not fit, or `tile` is less than 1 or more than
@@ -136,8 +136,10 @@ class Runtime:
                 indices = np.arange(first + start, first + start + len(part))
                 queues[0].push(Rows((part,), indices))
                 self._drain(queues, results, limits, tile, whole=True)
-            if results.waiting > window:
+            if results.under_way > window:
                 self._drain(queues, results, limits, tile, whole=False)
+            # The caller may fill its array anew.
+            queues[0].own()
             yield from results.finished()
         self._drain(queues, results, limits, tile, whole=False)
         yield from results.finished()
@@ -173,8 +175,7 @@ class Runtime:
         session = self._stages[e]()
         names = [node.name for node in session.get_inputs() if node.name != "thresholds"]
         feeds = dict(zip(names, arrays, strict=True))
-        outputs: Any = session.run(None, {**feeds, **_limits(session, thresholds)})
-        logits, *more = outputs
+        logits, *more = _run(session, {**feeds, **_limits(session, thresholds)})
         if e + 1 == self.manifest.num_exits:
             return Stage(logits, np.ones(len(logits), bool), ())
         return Stage(logits, more[0], tuple(more[1:]))
@@ -255,6 +256,14 @@ def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
         raise ValueError(f"ONNX Runtime cannot load a model: {error}") from error
 
 
+def _run(session: onnxruntime.InferenceSession, feeds: dict[str, Any]) -> Any:
+    """The outputs of a model; ValueError if it is not what the manifest says."""
+    try:
+        return session.run(None, feeds)
+    except Exception as error:  # as in `session`
+        raise ValueError(f"ONNX Runtime cannot run a model: {error}") from error
+
+
 def _limits(session: onnxruntime.InferenceSession, thresholds: np.ndarray) -> dict[str, np.ndarray]:
     """Thresholds, for a model that reads them: that of the last stage does not."""
     names = {node.name for node in session.get_overridable_initializers()}
@@ -271,6 +280,12 @@ class _Queue:
     def push(self, rows: Rows) -> None:
         self.size += len(rows.indices)
         self._parts.append(rows)
+
+    def own(self) -> None:
+        """Copies what waits, so that it is nobody else's memory."""
+        self._parts = collections.deque(
+            Rows(tuple(np.array(a) for a in arrays), indices) for arrays, indices in self._parts
+        )
 
     def pop(self, count: int) -> Rows:
         """Up to `count` samples."""
@@ -295,7 +310,6 @@ class _Results:
     """Answers in the order of the batches."""
 
     def __init__(self, classes: int) -> None:
-        self.waiting = 0
         self._classes = classes
         self._next = 0
         # The first index, logits, exits and the number of open answers of each batch.
@@ -308,13 +322,16 @@ class _Results:
         logits = np.empty((count, self._classes), np.float32)
         self._batches.append((first, logits, np.empty(count, np.int32), [count]))
         self._next += count
-        self.waiting += count
         return first
+
+    @property
+    def under_way(self) -> int:
+        """Samples from the first batch that is not yielded to the last that was read."""
+        return self._next - self._batches[0][0] if self._batches else 0
 
     def note(self, indices: np.ndarray, stage: Stage, e: int) -> None:
         """Notes the answers of those samples of a stage that leave there."""
         at, answers = indices[stage.leaves], stage.logits[stage.leaves]
-        self.waiting -= len(at)
         for first, logits, exits, left in self._batches:
             mine = (first <= at) & (at < first + len(exits))
             logits[at[mine] - first], exits[at[mine] - first] = answers[mine], e

@@ -30,6 +30,12 @@ LARGEST = 4 << 30  # bytes, of all files together
 _NAME = re.compile(r"(?:[A-Za-z0-9_]+/)?[A-Za-z0-9_]+\.[a-z]+")
 
 
+_NOT_READ = (
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError),
+    *(OSError, RecursionError, OverflowError),
+)
+
+
 # Compared by identity, since arrays have no truth value.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Manifest:
@@ -44,6 +50,7 @@ class Manifest:
       costs: `[E]`, the share of the whole network's multiply-accumulates that leaving at each exit
         costs.
       recorded: the number of recorded images.
+      layers: what the artifact was exported with.
       content: everything, as JSON has it: also preprocessing, policy, certificate, metadata and
         versions.
     """
@@ -55,6 +62,7 @@ class Manifest:
     thresholds: np.ndarray
     costs: np.ndarray
     recorded: int
+    layers: tuple[str, ...]
     content: Mapping[str, Any]
 
     @property
@@ -81,6 +89,12 @@ class Manifest:
             raise ValueError(f"{name} in {self.directory} is damaged: it is not what was written.")
         return data
 
+    def part(self, name: str) -> Any:
+        """A part of the content that a layer needs; ValueError if there is none."""
+        if name not in self.content:
+            raise ValueError(f"{self.directory} says nothing of its {name}.")
+        return self.content[name]
+
 
 def read(directory: str | Path) -> Manifest:
     """Reads and checks the manifest of an artifact; its files are verified when they are read.
@@ -98,7 +112,7 @@ def read(directory: str | Path) -> Manifest:
         data = _plain_file(directory, MANIFEST, LARGEST_MANIFEST)
         return _checked(directory, data, _content(data))
     # Deeply nested JSON ends in a RecursionError, a number too long for Python in a ValueError.
-    except (ValueError, TypeError, KeyError, OSError, RecursionError, OverflowError) as error:
+    except _NOT_READ as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         reason = " ".join(reason.split()) or type(error).__name__
         raise ValueError(f"the artifact in {directory} cannot be read: {reason}") from error
@@ -145,6 +159,8 @@ def _checked(directory: Path, data: bytes, content: dict[str, Any]) -> Manifest:
             raise ValueError(f"a file is named {name!r}.")
         if type(entry["bytes"]) is not int or entry["bytes"] < 0:
             raise ValueError(f"{name} has {entry['bytes']} bytes.")
+        if not isinstance(entry["sha256"], str):
+            raise ValueError(f"{name} has the hash {entry['sha256']!r}.")
     total = sum(entry["bytes"] for entry in files.values())
     if total > LARGEST:
         raise ValueError(f"its files have {total:,} bytes; {LARGEST:,} are read at most.")
@@ -164,7 +180,8 @@ def _checked(directory: Path, data: bytes, content: dict[str, Any]) -> Manifest:
     if type(recorded) is not int or recorded < 1:
         raise ValueError(f"{recorded} recorded images.")
     digest = sha256(data)
-    return Manifest(directory, digest, classes, image, thresholds, costs, recorded, content)
+    layers = tuple(map(str, content["layers"]))
+    return Manifest(directory, digest, classes, image, thresholds, costs, recorded, layers, content)
 
 
 def _plain_file(directory: Path, name: str, most: int) -> bytes:
@@ -177,13 +194,16 @@ def _plain_file(directory: Path, name: str, most: int) -> bytes:
             raise ValueError(
                 f"{part.relative_to(directory)} is a link; expected it in {directory}."
             )
-    with open(path, "rb", opener=_not_waiting) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{name} is not a file.")
-        if found.st_size > most:
-            raise ValueError(f"{name} has {found.st_size:,} bytes; expected {most:,} at most.")
-        return file.read(most)
+    try:
+        with open(path, "rb", opener=_not_waiting) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError(f"{name} is not a file.")
+            if found.st_size > most:
+                raise ValueError(f"{name} has {found.st_size:,} bytes; expected {most:,} at most.")
+            return file.read(found.st_size)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def _not_waiting(path: str, flags: int) -> int:
