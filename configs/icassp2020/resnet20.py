@@ -2,7 +2,7 @@
 
     python -m experiments.cifar --config configs/icassp2020/resnet20.py
 
-No replication of this network is known to us. Not run to an end here.
+No replication of this network is known to us. Figures, of part of the epochs: docs/icassp2020.md.
 """
 
 import dataclasses

@@ -52,7 +52,8 @@ def stages(
     The first stage reads `images` `[batch, ...]`, another `in0`, `in1`, ...: those rows of the
     `out0`, `out1`, ... of the stage before that go on. All but the last read `thresholds`, and make
     `logits` `[batch, C]`, the policy's, `leaves` `[batch]`, whether a sample leaves here, and what
-    the next stage reads. The last makes logits alone.
+    the next stage reads. The last makes logits alone. Answers are those of JAX to float32's
+    rounding, but for features that are NaN, which a maximum over windows may lose.
 
     Args:
       network: E exits, with preprocessing.
