@@ -230,3 +230,20 @@ except AttributeError as error:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("True False False")
     assert "needs jax" in run.stdout
+
+
+def test_bundles_and_manifests_need_no_onnx_runtime(place):
+    code = f"""
+import sys
+for name in ("onnx", "onnxruntime"):
+    sys.modules[name] = None
+import numpy, eejax
+print(eejax.runtime.read({str(place)!r}).num_exits, eejax.load.__module__)
+try:
+    eejax.runtime.load({str(place)!r}).predict(numpy.zeros((1, 12, 12, 3), numpy.uint8))
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("3 eejax.artifact.reading")
+    assert "pip install onnxruntime" in run.stdout

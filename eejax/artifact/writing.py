@@ -103,13 +103,16 @@ def models(bundle: Bundle, quantise: Any = None) -> list[Any]:
       bundle: the network.
       quantise: None, or images as for `export`.
     """
-    from eejax import onnx  # which needs packages that the other layers do not
-    from eejax.onnx.quantising import quantised
+    from eejax import onnx  # which needs a package that the other layers do not
 
     image = jax.ShapeDtypeStruct(bundle.image, jnp.uint8)
     args = (bundle.network, bundle.policy, bundle.variables, image, bundle.thresholds)
     stages = onnx.stages(*args)
-    return stages if quantise is None else quantised(stages, np.asarray(quantise))
+    if quantise is None:
+        return stages
+    from eejax.onnx.quantising import quantised
+
+    return quantised(stages, np.asarray(quantise))
 
 
 def _model_files(stages: list[Any]) -> dict[str, bytes]:

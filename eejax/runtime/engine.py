@@ -13,13 +13,15 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import ArrayLike
 
 from eejax.runtime.manifest import Manifest, read
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 # Samples a run of a stage: the packing costs a fiftieth from here on, and more buy nothing.
 TILE = 64
@@ -243,8 +245,16 @@ def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
     take the cores from the next.
 
     Raises:
-      ValueError: if ONNX Runtime refuses the model.
+      ModuleNotFoundError: if ONNX Runtime is not installed.
+      ValueError: if it refuses the model.
     """
+    # Here, because reading manifests and bundles needs NumPy alone.
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "running models needs onnxruntime: pip install onnxruntime"
+        ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
