@@ -35,6 +35,7 @@ from eejax.inference.predictors import Predictor, predictor
 from eejax.inference.step import Prediction
 from eejax.network import EarlyExitNetwork, PyTree, Variables, normalise
 from eejax.policies import Policy, check_thresholds, from_arrays, to_arrays
+from eejax.runtime import manifest
 
 FORMAT = "eejax bundle"
 VERSION = 1
@@ -179,13 +180,8 @@ def save(bundle: Bundle, directory: str | Path) -> None:
         "metadata": bundle.metadata,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "content_sha256": _content_hash(content),
-        "content": content,
-    }
-    files = {WEIGHTS: weights, DESCRIPTION: json.dumps(description, indent=1).encode()}
+    description = manifest.sealed(content, FORMAT, VERSION)
+    files = {WEIGHTS: weights, DESCRIPTION: description}
     replace_directory(directory, files)
 
 
@@ -250,26 +246,7 @@ def _read(place: Path) -> Bundle:
 
 
 def _verified_content(data: bytes) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{DESCRIPTION} holds {constant}, which JSON does not have.")
-
-    try:
-        description = json.loads(data, parse_constant=refuse)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{DESCRIPTION} is damaged: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ValueError(f"{DESCRIPTION} does not describe an {FORMAT}.")
-    version = description.get("version")
-    if type(version) is not int or version < 1:
-        raise ValueError(f"format version {version!r}; expected a whole number from 1.")
-    if version > VERSION:
-        raise ValueError(
-            f"format version {version} is newer than {VERSION}, the newest that this eejax reads; "
-            "update eejax."
-        )
-    content = description.get("content")
-    if not isinstance(content, dict) or _content_hash(content) != description.get("content_sha256"):
-        raise ValueError(f"{DESCRIPTION} is damaged: its content does not have its SHA-256.")
+    content = manifest.opened(data, DESCRIPTION, FORMAT, VERSION)
     missing = [name for name in _CONTENT if not isinstance(content.get(name), _CONTENT[name])]
     if missing or len(content) != len(_CONTENT):
         raise ValueError(
@@ -290,11 +267,6 @@ _CONTENT: dict[str, type] = {
     "metadata": dict,
     "weights_sha256": str,
 }
-
-
-def _content_hash(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _plain(name: str, value: dict[str, Any]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_a_manifest_that_does_not_fit_is_refused(copy, change, said):
         ('{"format": "eejax artifact", "version": 2}', "newer than 1, .* update eejax"),
         ('{"format": "eejax artifact", "version": true}', "format version True"),
         ('{"format": "eejax artifact", "format": "eejax artifact"}', "occurs twice"),
-        ('{"format": NaN}', "NaN is not JSON"),
+        ('{"format": NaN}', "holds NaN, which JSON does not have"),
         ('{"format": "eejax artifact", "version": 1, "content": {}}', "is damaged"),
     ],
 )

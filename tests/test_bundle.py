@@ -12,11 +12,11 @@ import safetensors.numpy
 from toys import CLASSES, POLICIES
 
 import eejax
-from eejax import bundle as bundles
 from eejax.bundle import Bundle, save
 from eejax.cost import Costs
 from eejax.policies import POLICIES as RULES
 from eejax.policies import to_arrays
+from eejax.runtime import manifest
 
 IMAGE = (8, 8, 1)
 # The rules of the toys' table that are not of eejax cannot be looked up, so they cannot be saved.
@@ -176,7 +176,7 @@ def rewrite(saved, change, *, rehash=True):
     description = json.loads(path.read_text())
     change(description)
     if rehash:
-        description["content_sha256"] = bundles._content_hash(description["content"])
+        description["content_sha256"] = manifest.content_hash(description["content"])
     path.write_text(json.dumps(description))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,12 +161,9 @@ def _manifest(
         },
     }
     try:
-        digest = manifest.content_hash(content)
+        return manifest.sealed(content, manifest.FORMAT, manifest.VERSION)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the certificate or policy is not JSON: {error}") from error
-    whole = {"format": manifest.FORMAT, "version": manifest.VERSION}
-    whole |= {"content_sha256": digest, "content": content}
-    return json.dumps(whole, indent=1).encode()
 
 
 def _versions() -> dict[str, str]:

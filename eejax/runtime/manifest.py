@@ -110,7 +110,7 @@ def read(directory: str | Path) -> Manifest:
         raise ValueError(f"{directory} holds no {MANIFEST}; give a directory of `eejax export`.")
     try:
         data = _plain_file(directory, MANIFEST, LARGEST_MANIFEST)
-        return _checked(directory, data, _content(data))
+        return _checked(directory, data, opened(data, MANIFEST, FORMAT, VERSION))
     # Deeply nested JSON ends in a RecursionError, a number too long for Python in a ValueError.
     except _NOT_READ as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -124,31 +124,56 @@ def content_hash(content: Mapping[str, Any]) -> str:
     return sha256(text.encode())
 
 
-def _content(data: bytes) -> dict[str, Any]:
+def sealed(content: Mapping[str, Any], kind: str, version: int) -> bytes:
+    """A description with its kind, its version, and the hash of its content, for `opened`.
+
+    Raises:
+      TypeError, ValueError: if the content is not JSON.
+    """
+    whole = {"format": kind, "version": version, "content_sha256": content_hash(content)}
+    return json.dumps({**whole, "content": content}, indent=1).encode()
+
+
+def opened(data: bytes, name: str, kind: str, newest: int) -> dict[str, Any]:
+    """The content that `sealed` wrote, of an artifact or of a bundle.
+
+    Args:
+      data: of the file.
+      name: of the file, for messages.
+      kind: that it must be.
+      newest: version that can be read.
+
+    Raises:
+      ValueError: if it is damaged, of another kind, or newer; one line.
+    """
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({name for name, _ in pairs}) != len(pairs):
-            raise ValueError("a name occurs twice.")
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError(f"{name} is damaged: a name occurs twice.")
         return dict(pairs)
 
     def refuse(number: str) -> None:
-        raise ValueError(f"{number} is not JSON.")
+        raise ValueError(f"{name} holds {number}, which JSON does not have.")
 
-    manifest = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{MANIFEST} does not describe an {FORMAT}.")
-    version = manifest.get("version")
+    try:
+        whole = json.loads(data, object_pairs_hook=once, parse_constant=refuse)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
+    if not isinstance(whole, dict) or whole.get("format") != kind:
+        raise ValueError(f"{name} does not describe an {kind}.")
+    version = whole.get("version")
     if type(version) is not int or version < 1:
         raise ValueError(f"format version {version!r}; expected a whole number from 1.")
-    if version > VERSION:
+    if version > newest:
         raise ValueError(
-            f"format version {version} is newer than {VERSION}, the newest that this eejax reads; "
+            f"format version {version} is newer than {newest}, the newest that this eejax reads; "
             "update eejax."
         )
-    content = manifest.get("content")
-    if not isinstance(content, dict) or content_hash(content) != manifest.get("content_sha256"):
-        raise ValueError(f"{MANIFEST} is damaged: its content does not have its SHA-256.")
-    if len(manifest) != 4:
-        raise ValueError(f"{MANIFEST} has the fields {sorted(manifest)}.")
+    content = whole.get("content")
+    if not isinstance(content, dict) or content_hash(content) != whole.get("content_sha256"):
+        raise ValueError(f"{name} is damaged: its content does not have its SHA-256.")
+    if len(whole) != 4:
+        raise ValueError(f"{name} has the fields {sorted(whole)}.")
     return content
 
 
