@@ -37,7 +37,7 @@ from experiments.cifar.config import Config
 from experiments.command_line import execute, from_json, read_run
 from experiments.data import splits
 from experiments.data.splits import Dataset, Split
-from experiments.engines import SINGLES, Contender, plain_model
+from experiments.engines.contenders import SINGLES, Contender, plain_model
 from experiments.files import write_json
 from experiments.latency.arguments import check_parents
 from experiments.latency.plot import milliseconds

@@ -1,0 +1,1 @@
+"""Engines on the CPU, each in a process of its own."""
