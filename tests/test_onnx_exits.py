@@ -181,6 +181,27 @@ def test_a_stage_of_convolutions_is_nothing_but_them():
     assert "GreaterOrEqual" not in found[2]
 
 
+def test_a_stage_of_residual_blocks_is_nothing_but_them():
+    """The images that enter are brought into blocks for the first sum, and shortcuts that thin and
+    widen them are convolutions; a threshold is one node."""
+    network = FAMILIES["resnet"].build(5, image=(8, 8, 3), depth=14, width=4, exits=(1, 4))
+    network = network.reading(normalise((120.0,) * 3, (60.0,) * 3))
+    image = jax.ShapeDtypeStruct((8, 8, 3), jnp.uint8)
+    variables = some_variables(network, image, SEED)
+    models = stages(network, policies.max_prob, variables, image, np.zeros(2))
+    found = [operations(model.graph) for model in models]
+    block = ["Conv", "Relu", "Conv", "Add", "Relu"]
+    assert found[0][:6] == ["Cast", "Transpose", "Sub", "Mul", "Conv", "Relu"]
+    assert found[0][6:11] == block
+    assert found[1][:6] == ["MaxPool", *block]
+    assert sorted(found[1][6:12]) == sorted(["Conv", *block])
+    # Convolutions alone read what enters the last stage, so it needs no pooling.
+    assert sorted(found[2][:6]) == sorted(["Conv", *block])
+    for ops in found:
+        assert not {"Pad", "Slice", "Or", "Concat"} & set(ops)
+    assert [ops.count("Gather") for ops in found] == [1, 1, 0]
+
+
 def test_the_single_model_holds_each_stage_in_the_branch_before_it():
     models, whole = fast_models()
     graph, found = whole.graph, []

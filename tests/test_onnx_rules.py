@@ -46,6 +46,10 @@ def blocks(x, a, b):
     return flat(x.reshape(batch, h // a, a, w // b, b, k).max((2, 4)))
 
 
+def more_channels(x, before, after, value=0.0):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)), constant_values=value)
+
+
 def attention(x):
     q, k, v = (jnp.stack([x[..., :2], x[..., 2:]], 2) * s for s in (1.0, 0.5, 2.0))
     weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
@@ -75,6 +79,14 @@ FUNCTIONS = {
     "stacked": lambda x: flat(jnp.stack([x, x * 2], 2)) + 1,
     "concatenated": lambda x: flat(jnp.concatenate([x, convolved(x)], axis=-1)),
     "padded": lambda x: flat(jnp.pad(x, ((0, 0), (1, 2), (0, 0), (0, 3)), constant_values=2.0)),
+    "channels_added": lambda x: flat(more_channels(convolved(x), 2, 3)),
+    "channels_added_to_every_second": lambda x: flat(
+        more_channels(convolved(x)[:, ::2, ::3], 1, 0)
+    ),
+    "channels_added_to_a_crop": lambda x: flat(more_channels(convolved(x)[:, :4:2, :5], 1, 0)),
+    "channels_added_to_every_other": lambda x: flat(more_channels(convolved(x)[..., ::2], 1, 2)),
+    "channels_of_twos_added": lambda x: flat(more_channels(convolved(x), 2, 3, 2.0)),
+    "channels_added_to_images": lambda x: flat(more_channels(x, 2, 3)),
     "not_padded": lambda x: flat(jnp.pad(x, ((0, 0),) * 4)),
     "sums": lambda x: (
         flat(x.sum(1)) @ jnp.ones((28, 2)) + x.sum((1, 2))[:, :1] + x.max((1, 2, 3))[:, None]

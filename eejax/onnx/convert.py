@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from eejax.onnx.graph import Graph, Value, constant
-from eejax.onnx.rules import ELEMENTWISE, RULES, result
+from eejax.onnx.graph import Graph, Value, constant, result
+from eejax.onnx.rules import ELEMENTWISE, RULES
 
 
 def convert(graph: Graph, closed: Any, inputs: Sequence[Value]) -> list[Value]:

@@ -18,7 +18,7 @@ from eejax.network import EarlyExitNetwork, Variables
 from eejax.onnx.convert import convert
 from eejax.onnx.graph import Graph, Value
 from eejax.onnx.nesting import IMAGES, THRESHOLDS
-from eejax.onnx.passes import simplified
+from eejax.onnx.passes import in_blocks, simplified
 from eejax.policies import Policy, check_thresholds
 
 # ONNX 1.16's pair: the first with all of Gelu, and old enough for runtimes of 2024.
@@ -53,7 +53,8 @@ def stages(
     `out0`, `out1`, ... of the stage before that go on. All but the last read `thresholds`, and make
     `logits` `[batch, C]`, the policy's, `leaves` `[batch]`, whether a sample leaves here, and what
     the next stage reads. The last makes logits alone. Answers are those of JAX to float32's
-    rounding, but for features that are NaN, which a maximum over windows may lose.
+    rounding, but for features that are NaN, which a maximum over windows may lose, or infinite,
+    which a shortcut that adds channels makes NaN.
 
     Args:
       network: E exits, with preprocessing.
@@ -74,7 +75,8 @@ def stages(
         else:
             inputs = [v._replace(name=f"in{i}") for i, v in enumerate(carried)]
         graph = Graph(inputs[0].name, _ANY)
-        logits, leaves, *after = convert(graph, program.jaxpr, [*inputs, _limits(defaults)])
+        read = [_channels_second(graph, v) if e == 0 else v for v in inputs]
+        logits, leaves, *after = convert(graph, program.jaxpr, [*read, _limits(defaults)])
         results = {"logits": logits}
         if e + 1 < network.num_exits:
             results |= {"leaves": leaves}
@@ -147,6 +149,15 @@ def _whole(name: str, like: Any, order: Sequence[int] | None = None) -> Value:
     return Value(shape, like.dtype, shape, tuple(order or range(len(shape))), name)
 
 
+def _channels_second(graph: Graph, images: Value) -> Value:
+    """Images as convolutions want them. Turned at once, because runtimes are slow with an offset
+    and a factor for each channel where that is the last axis."""
+    if len(images.shape) != 4:
+        return images
+    order = (0, 3, 1, 2)
+    return images._replace(name=graph.held(images, order), order=order)
+
+
 def _limits(defaults: np.ndarray) -> Value:
     return _whole(THRESHOLDS, defaults)
 
@@ -160,7 +171,7 @@ def _batch_first(value: Value) -> tuple[int, ...]:
 def _made(graph: Graph, value: Value, order: Sequence[int] | None = None) -> Value:
     """A value as the result of a node, which results of graphs must be."""
     name = graph.name(value, order)
-    if not graph.makes(name):
+    if graph.maker(name) is None:
         name = graph.add("Identity", name)
     return _whole(name, value, order)
 
@@ -177,6 +188,7 @@ def _model(
         inner = graph.add("Identity", value.name) if value.name in made else value.name
         made[inner] = name
     nodes, constants = simplified(graph.nodes, graph.constants, list(made))
+    nodes = in_blocks(nodes, [v.name for v in inputs if len(v.shape) == 4])
     reads = {name for node in nodes for name in node.inputs}
     given = [*inputs, *([_limits(defaults)] if THRESHOLDS in reads else [])]
     if THRESHOLDS in reads:

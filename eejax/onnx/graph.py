@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +52,9 @@ class Graph:
 
     Attributes:
       nodes: the operations.
-      sources: for the result of a reshape, or of a slice that only shortens, by its name, which of
-        the two it is and what was read.
+      sources: for a few results, by their names, how they were made, of what, and a detail: a
+        "reshape"; a slice that only has to "shorten" or, with its steps, to "thin"; the "element"
+        at an index of a vector; a "join" that begins with what is named.
       constants: weights and all other constants.
       batch: as given.
     """
@@ -67,7 +68,7 @@ class Graph:
         """
         self.batch = batch
         self.nodes: list[Node] = []
-        self.sources: dict[str, tuple[str, Value]] = {}
+        self.sources: dict[str, tuple[str, Value, Any]] = {}
         self.constants: dict[str, np.ndarray] = {}
         self._images = images
         self._equal: dict[Any, str] = {}
@@ -106,9 +107,9 @@ class Graph:
         parts = [batch if s == self.batch else self.ints(s) for s in shape]
         return parts[0] if len(parts) == 1 else self.add("Concat", *parts, axis=0)
 
-    def makes(self, name: str) -> bool:
-        """Whether a value is the result of a node here."""
-        return name in self._maker
+    def maker(self, name: str) -> Node | None:
+        """The node whose result a value is; None for an input or a constant."""
+        return self._maker.get(name)
 
     def held(self, value: Value, order: Sequence[int]) -> str:
         """The name of a value with its axes in this order; an axis held with size 1 stays so."""
@@ -136,3 +137,12 @@ def constant(array: Any, shape: Sequence[Any] | None = None) -> Value:
     array = np.asarray(array)
     whole = array.shape if shape is None else tuple(shape)
     return Value(whole, array.dtype, array.shape, tuple(range(array.ndim)), "", array)
+
+
+def result(out: Any, name: str, order: Sequence[int] | None = None, held: Any = None) -> Value:
+    """A node's result, by default at full size with the axes in the jaxpr's order."""
+    order = range(len(out.shape)) if order is None else order
+    return Value(tuple(out.shape), out.dtype, held or tuple(out.shape), tuple(order), name)
+
+
+Rule = Callable[[Graph, dict[str, Any], list[Value], Any], Any]

@@ -77,16 +77,13 @@ def _from_exit(
     left = f"leave{e + 1}.logits", f"leave{e + 1}.exits"
     leaving, leaving_infos = answer(left)
     after = f"after{e + 1}.logits", f"after{e + 1}.exits"
-    scalar = numpy_helper.from_array(np.zeros(0, np.int64), f"exit{e + 1}.scalar")
-    condition = f"exit{e + 1}.leaves.scalar"
-    nodes.append(helper.make_node("Reshape", [f"exit{e + 1}.leaves", scalar.name], [condition]))
     nodes.append(
         helper.make_node(
             "If",
-            [condition],
+            [f"exit{e + 1}.leaves"],
             results,
             then_branch=helper.make_graph(leaving, f"leave{e + 1}", [], leaving_infos),
             else_branch=_from_exit(stages, e + 1, after),
         )
     )
-    return helper.make_graph(nodes, f"exit{e + 1}", [], infos, [*constants, scalar])
+    return helper.make_graph(nodes, f"exit{e + 1}", [], infos, constants)

@@ -76,6 +76,7 @@ IDIOMS = (
     Idiom(("Sub", _CENTRED, ("Log", _TOTAL)), "LogSoftmax", axis=True),
     Idiom(("Div", _POWERS, _TOTAL), "Softmax", axis=True),
     Idiom(("Neg", ("Neg", "x")), "Identity"),
+    Idiom(("Or", "x", 0.0), "Identity"),
     Idiom(("Div", ("Mul", "x", "n"), "n"), "Identity"),
 )
 _EXCHANGED = {"Add", "Mul", "Max", "Or"}
@@ -214,6 +215,23 @@ def folded(nodes: Sequence[Node], constants: Constants, outputs: Sequence[str]) 
                 continue
         result[node.outputs[0]] = node
     return list(result.values())
+
+
+def in_blocks(nodes: Sequence[Node], images: Sequence[str]) -> list[Node]:
+    """The same, where a sum reads the graph's images from a pooling that changes nothing.
+
+    ONNX Runtime keeps images in blocks of channels from one convolution or pooling to the next, and
+    adds to a convolution within its kernel, but only what is in blocks as well. Images that enter a
+    graph are not, and without them no sum down a chain of residual blocks would be.
+    """
+    result, same = [], {}
+    for name in images:
+        readers = {node.op for node in nodes if name in node.inputs}
+        if {"Conv", "Add"} <= readers:
+            same[name] = f"{name}.blocks"
+            result.append(Node("MaxPool", (name,), (same[name],), {"kernel_shape": [1, 1]}))
+    renamed = [n._replace(inputs=tuple(same.get(i, i) for i in n.inputs)) for n in nodes]
+    return [*result, *renamed]
 
 
 def _scaled(node: Node, constants: Constants) -> tuple[str, np.ndarray, np.ndarray] | None:

@@ -7,22 +7,14 @@ rule: they are computed when the graph is written.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from onnx import helper
 
-from eejax.onnx.graph import Graph, Value, constant
-
-Rule = Callable[[Graph, dict[str, Any], list[Value], Any], Any]
-
-
-def result(out: Any, name: str, order: Sequence[int] | None = None, held: Any = None) -> Value:
-    """A node's result, by default at full size with the axes in the jaxpr's order."""
-    order = range(len(out.shape)) if order is None else order
-    return Value(tuple(out.shape), out.dtype, held or tuple(out.shape), tuple(order), name)
+from eejax.onnx.graph import Graph, Rule, Value, constant, result
+from eejax.onnx.windows import convolution, pad, reduce, window
 
 
 def elementwise(op: str, **attributes: Any) -> Rule:
@@ -117,8 +109,13 @@ def convert(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any)
         return x
     if np.issubdtype(x.dtype, np.floating) and np.issubdtype(out.dtype, np.integer):
         raise NotImplementedError("floats as integers: ONNX leaves open what is out of range.")
-    name = graph.add("Cast", graph.held(x, x.order), to=_type(out.dtype))
-    return result(out, name, x.order, x.held)
+    name, kind = graph.held(x, x.order), _type(out.dtype)
+    turned = graph.maker(name)
+    if turned is not None and turned.op == "Transpose" and x.dtype == np.uint8:
+        # Runtimes turn an array of bytes more slowly than one of floats.
+        cast = graph.add("Cast", turned.inputs[0], to=kind)
+        return result(out, graph.add("Transpose", cast, **turned.attributes), x.order, x.held)
+    return result(out, graph.add("Cast", name, to=kind), x.order, x.held)
 
 
 def same(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> list[Value]:
@@ -150,12 +147,15 @@ def reshape(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any)
     if 0 in out.shape:
         raise NotImplementedError(f"an empty value {out.shape}.")
     name = graph.add("Reshape", graph.name(x), graph.ints(*sizes))
-    graph.sources[name] = ("reshape", x)
+    graph.sources[name] = ("reshape", x, 0)
     return result(out, name)
 
 
 def squeeze(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
     (x,), gone = inputs, {int(i) for i in params["dimensions"]}
+    kind, source, index = graph.sources.get(x.name, ("", x, 0))
+    if kind == "element":
+        return result(out, graph.add("Gather", source.name, graph.constant(np.int64(index))))
     places = [place for place, i in enumerate(x.order) if i in gone]
     left = [i for i in range(len(x.shape)) if i not in gone]
     order = [left.index(i) for i in x.order if i not in gone]
@@ -179,7 +179,13 @@ def cut(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> 
     places = graph.ints(*(x.order.index(i) for i in axes))
     name = graph.add("Slice", x.name, *picked, places, graph.ints(*(int(steps[i]) for i in axes)))
     if not any(start) and {*steps} == {1}:
-        graph.sources[name] = ("shorten", x)
+        graph.sources[name] = ("shorten", x, 0)
+    elif out.shape == tuple(-(-n // step) for n, step in zip(x.shape, steps, strict=True)):
+        graph.sources[name] = ("thin", x, steps)
+    if len(x.shape) == 1 and out.shape == (1,):
+        kind, first, _ = graph.sources.get(x.name, ("", x, 0))
+        source = first if kind == "join" and start[0] < first.shape[0] else x
+        graph.sources[name] = ("element", source, start[0])
     return result(out, name, x.order, held)
 
 
@@ -187,7 +193,10 @@ def concatenate(graph: Graph, params: dict[str, Any], inputs: list[Value], out: 
     axis = params["dimension"]
     order = next((v.order for v in inputs if v.constant is None), tuple(range(len(out.shape))))
     names = [graph.name(v, order) for v in inputs]
-    return result(out, graph.add("Concat", *names, axis=order.index(axis)), order)
+    name = graph.add("Concat", *names, axis=order.index(axis))
+    if axis == 0 and inputs[0].constant is None:
+        graph.sources[name] = ("join", inputs[0], 0)
+    return result(out, name, order)
 
 
 def stack(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
@@ -195,117 +204,6 @@ def stack(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -
     at = graph.ints(axis)
     names = [graph.add("Unsqueeze", graph.name(v), at) for v in inputs]
     return result(out, graph.add("Concat", *names, axis=axis))
-
-
-def pad(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
-    x, value = inputs
-    low, high, inside = zip(*params["padding_config"], strict=True)
-    if any(inside) or min(*low, *high) < 0:
-        raise NotImplementedError("padding inside an array, or a negative one.")
-    if not any((*low, *high)):
-        return x
-    pads = [int(each[i]) for each in (low, high) for i in x.order]
-    name = graph.add("Pad", graph.name(x, x.order), graph.ints(*pads), graph.name(value))
-    return result(out, name, x.order)
-
-
-def reduce(op: str) -> Rule:
-    def rule(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
-        (x,), axes = inputs, params["axes"]
-        if not axes:
-            return x
-        is_float = np.issubdtype(x.dtype, np.floating)
-        places = sorted(x.order.index(i) for i in axes)
-        left = [i for i in range(len(x.shape)) if i not in axes]
-        order = [left.index(i) for i in x.order if i not in axes]
-        name = graph.name(x, x.order)
-        if len(x.shape) == 4 and places == [2, 3] and op in _GLOBAL and is_float:
-            # The pooling stays in a runtime's own layout of images, a reduction does not. A
-            # maximum may lose a NaN.
-            pooled = graph.add(_GLOBAL[op], name)
-            name = graph.add("Reshape", pooled, graph.ints(0, -1))
-            if op == "ReduceSum":
-                pixels = math.prod(x.shape[i] for i in axes)
-                name = graph.add("Mul", name, graph.constant(np.asarray(pixels, x.dtype)))
-            return result(out, name, order)
-        blocks = _blocks(graph, x, axes) if op == "ReduceMax" and is_float else None
-        if blocks is not None:
-            return result(out, graph.add("MaxPool", blocks[0], **blocks[1]), (0, 3, 1, 2))
-        name = graph.add(op, name, graph.ints(*places), keepdims=0)
-        return result(out, name, order)
-
-    return rule
-
-
-_GLOBAL = {"ReduceSum": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
-
-
-def _blocks(graph: Graph, x: Value, axes: Sequence[int]) -> Any:
-    """Input and attributes of the pooling that `[B, H/a, a, W/b, b, K].max((2, 4))` is of images
-    `[B, H, W, K]`; None for anything else."""
-    kind, image = graph.sources.get(x.name, ("", x))
-    if kind != "reshape" or len(image.shape) != 4 or x.order != tuple(range(6)):
-        return None
-    (b, h, w, k), (_, rows, a, columns, c, _) = image.shape, x.shape
-    if tuple(axes) != (2, 4) or x.shape != (b, h // a, a, w // c, c, k) or (h % a, w % c) != (0, 0):
-        return None
-    kind, longer = graph.sources.get(image.name, ("", image))
-    # What does not fill a window is left out by the pooling itself.
-    left_over = kind == "shorten" and longer.shape[::3] == (b, k)
-    if left_over and (longer.shape[1] // a, longer.shape[2] // c) == (rows, columns):
-        image = longer
-    return graph.name(image, (0, 3, 1, 2)), {"kernel_shape": [a, c], "strides": [a, c]}
-
-
-def window(op: str) -> Rule:
-    def rule(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
-        (x,) = inputs
-        sizes, steps = params["window_dimensions"], params["window_strides"]
-        padding = params["padding"]
-        dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
-        still = [i for i in range(len(x.shape)) if sizes[i] == steps[i] == 1]
-        wide = any(
-            max(side) >= size for side, size in zip(padding, sizes, strict=True) if any(side)
-        )
-        is_float = np.issubdtype(x.dtype, np.floating)
-        whole = len(x.shape) == 4 and still[:1] == [0] and 3 in still and is_float
-        if dilated or wide or not whole:
-            raise NotImplementedError(
-                f"a reduction over windows of {sizes} of {x.dtype} {x.shape}, padded by {padding}."
-            )
-        name = graph.name(x, (0, 3, 1, 2))
-        attributes: dict[str, Any] = {
-            "kernel_shape": list(sizes[1:3]),
-            "strides": list(steps[1:3]),
-            "pads": [padding[i][side] for side in (0, 1) for i in (1, 2)],
-        }
-        if op == "MaxPool":
-            return result(out, graph.add(op, name, **attributes), (0, 3, 1, 2))
-        mean = graph.add(op, name, count_include_pad=1, **attributes)
-        count = graph.constant(np.asarray(math.prod(sizes), x.dtype))
-        return result(out, graph.add("Mul", mean, count), (0, 3, 1, 2))
-
-    return rule
-
-
-def convolution(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
-    x, kernel = inputs
-    numbers, padding = params["dimension_numbers"], params["padding"]
-    if {*params["lhs_dilation"]} != {1} or params["batch_group_count"] != 1:
-        raise NotImplementedError("a transposed convolution, or one grouped over the batch.")
-    if min(size for side in padding for size in side) < 0:
-        raise NotImplementedError(f"a convolution that crops its image, padding {padding}.")
-    name = graph.add(
-        "Conv",
-        graph.name(x, numbers.lhs_spec),
-        graph.name(kernel, numbers.rhs_spec),
-        strides=list(params["window_strides"]),
-        dilations=list(params["rhs_dilation"]),
-        pads=[int(side[i]) for i in (0, 1) for side in padding],
-        group=params["feature_group_count"],
-        kernel_shape=[kernel.shape[i] for i in numbers.rhs_spec[2:]],
-    )
-    return result(out, name, numbers.out_spec)
 
 
 def product(graph: Graph, params: dict[str, Any], inputs: list[Value], out: Any) -> Value:
