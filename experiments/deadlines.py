@@ -98,7 +98,7 @@ def measure(workload: Workload, milliseconds: Sequence[float], calls: int) -> li
     """
     network, images = workload.network, workload.images
     predict = eejax.anytime(network, workload.policy, workload.variables, images[:1])
-    needed = 1e3 * exit_seconds(predict.seconds)
+    needed = 1e3 * exit_seconds(predict.times.seconds)
     deadlines = list(milliseconds) or [0.5 * needed[0], *(1.1 * needed)]
     never = np.full(network.num_exits - 1, np.inf, np.float32)
     times, exits = np.zeros((len(deadlines), calls)), np.zeros((len(deadlines), calls), int)

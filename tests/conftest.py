@@ -54,6 +54,19 @@ SHARED = {
 }
 
 
+# Files that take long begin first, so that the processes end at the same time.
+LONG = ("test_models", "test_inference", "test_training", "test_convert", "test_docs")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; within a file nothing moves."""
+
+    def place(item):
+        return item.path.stem not in SHARED, item.path.stem not in LONG
+
+    items.sort(key=place)
+
+
 class _ByRun(LoadFileScheduling):
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)

@@ -11,7 +11,7 @@ import toys
 
 from eejax import anytime
 from eejax.evaluation.routing import route, score
-from eejax.inference.deadline import RECENT
+from eejax.runtime.recent import RECENT
 from eejax.trace import collect
 
 EXITS, BATCH = 4, 6
@@ -37,8 +37,8 @@ def scored():
 
 def slow(predict, *seconds):
     """As if each stage had taken so long once, and the rest of a call nothing."""
-    predict.forget()
-    predict.seconds[:EXITS, -1] = seconds
+    predict.times.forget()
+    predict.times.seconds[:EXITS, -1] = seconds
 
 
 @pytest.mark.parametrize("size", [1, 5, BATCH])
@@ -77,18 +77,18 @@ def test_there_is_an_answer_even_when_time_is_out(predict, scored):
 def test_what_a_call_takes_besides_counts(predict, scored):
     images, _ = scored
     slow(predict, 0.0, 0.0, 0.0, 0.0)
-    predict.seconds[EXITS, -1] = 3600.0
-    assert (predict.needed == 3600.0).all()
+    predict.times.seconds[EXITS, -1] = 3600.0
+    assert (predict.times.needed == 3600.0).all()
     assert predict([np.inf] * 3, images[:1], 60_000.0).exits.tolist() == [0]
 
 
 def test_it_goes_on_measuring(predict, scored):
     images, _ = scored
     slow(predict, 3600.0, 3600.0, 3600.0, 3600.0)
-    for _ in range(predict.seconds.shape[1]):
+    for _ in range(predict.times.seconds.shape[1]):
         predict([np.inf] * 3, images[:1], np.inf)
-    assert (predict.needed > 0).all()
-    assert (predict.needed < 3600).all()
+    assert (predict.times.needed > 0).all()
+    assert (predict.times.needed < 3600).all()
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_no_images_to_compile_for_are_refused():
 
 def test_a_slow_moment_does_not_lock_a_stage_out(predict, scored):
     images, _ = scored
-    predict.forget()
-    predict.seconds[:EXITS] = 1e-6
-    predict.seconds[1, -1] = 3600.0
+    predict.times.forget()
+    predict.times.seconds[:EXITS] = 1e-6
+    predict.times.seconds[1, -1] = 3600.0
     never = [np.inf] * (EXITS - 1)
     exits = [int(predict(never, images[:1], 60_000.0).exits[0]) for _ in range(RECENT + 1)]
     assert exits[0] == 0

@@ -12,8 +12,8 @@ from onnx_models import reference, small_bundle, some_images
 
 from eejax import runtime
 from eejax.artifact import export
-from eejax.runtime.deadline import RECENT
 from eejax.runtime.engine import Stage, session
+from eejax.runtime.recent import RECENT
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_mistakes_are_refused(loaded, place):
 def test_without_a_deadline_the_exits_are_those_of_the_reference(loaded):
     bundle, images = small_bundle(), some_images(10, 12)
     anytime = runtime.Anytime(loaded, 12, measure=2)
-    assert (anytime.seconds[:, :2] > 0).all()
+    assert (anytime.times.seconds[:, :2] > 0).all()
     same(anytime(images, np.inf), reference(bundle, images, bundle.thresholds))
     one = anytime(images[:1], np.inf, [np.inf, np.inf])
     assert one.exits.tolist() == [2]
@@ -173,14 +173,14 @@ def test_without_a_deadline_the_exits_are_those_of_the_reference(loaded):
 def test_a_deadline_ends_at_the_last_exit_that_is_reached_in_time(loaded):
     anytime = runtime.Anytime(loaded, 4, measure=1)
     images, never = some_images(11, 4), [np.inf, np.inf]
-    anytime.seconds[:] = 0
-    anytime.seconds[1] = 1000.0  # the second stage
+    anytime.times.seconds[:] = 0
+    anytime.times.seconds[1] = 1000.0  # the second stage
     assert anytime(images, 100_000, never).exits.tolist() == [0] * 4
-    anytime.seconds[:] = 0
-    anytime.seconds[2] = 1000.0
+    anytime.times.seconds[:] = 0
+    anytime.times.seconds[2] = 1000.0
     prediction = anytime(images, 100_000, never)
     same(prediction, reference(small_bundle(), images, [np.inf, -np.inf]))
-    assert anytime.needed[2] >= 1000
+    assert anytime.times.needed[2] >= 1000
     for wrong, said in ((0, "a deadline of 0 ms"), (np.nan, "a deadline of nan ms")):
         with pytest.raises(ValueError, match=said):
             anytime(images, wrong)
@@ -191,7 +191,7 @@ def test_a_deadline_ends_at_the_last_exit_that_is_reached_in_time(loaded):
 def test_a_slow_moment_does_not_lock_a_stage_out(loaded):
     anytime = runtime.Anytime(loaded, 1, measure=4)
     image, never = some_images(14, 1), [np.inf, np.inf]
-    anytime.seconds[1, 0] = 1000.0
+    anytime.times.seconds[1, 0] = 1000.0
     taken = [int(anytime(image, 60_000, never).exits[0]) for _ in range(RECENT + 1)]
     assert taken[0] == 0
     assert taken[-1] == 2

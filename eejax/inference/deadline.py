@@ -19,8 +19,7 @@ from eejax.inference.executors import WholeBatch, whole_batch, whole_batch_step
 from eejax.inference.step import Exit, Prediction, bind_exits, check_images, pad_batch
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies.base import Policy, check_thresholds
-
-RECENT = 256
+from eejax.runtime.recent import RECENT, RecentTimes
 
 
 class Anytime:
@@ -28,28 +27,13 @@ class Anytime:
 
     Attributes:
       batch: images a call, at most.
-      seconds: `[E + 1, RECENT]`, recent times of each stage with its head, dispatch and the
-        transfer of its decision; in the last row the time of a call outside of its stages. The
-        oldest measurement is overwritten first, by the median where there was no time for the
-        stage.
+      times: of the stages, each with its head, dispatch and the transfer of its decision.
     """
 
     def __init__(self, batch: int, stages: list[Callable[..., tuple[WholeBatch, Array]]]):
         self.batch = batch
-        self.seconds = np.zeros((len(stages) + 1, RECENT))
+        self.times = RecentTimes(len(stages))
         self._stages = stages
-        self._calls = np.zeros(len(stages) + 1, int)
-
-    @property
-    def needed(self) -> np.ndarray:
-        """`[E]` seconds from the start of each stage to a prediction: the longest recent time of
-        the stage and of the rest of a call. The next time is longer with probability 1/257."""
-        longest = self.seconds.max(axis=1)
-        return longest[:-1] + longest[-1]
-
-    def forget(self) -> None:
-        """Drops the measurements."""
-        self.seconds[:], self._calls[:] = 0, 0
 
     def __call__(
         self, thresholds: Iterable[float] | Array, images: Any, milliseconds: float
@@ -57,7 +41,7 @@ class Anytime:
         """Predicts by each image's own exit, or by the last that was reached in time.
 
         A stage begins only if there is time for its longest recent time. The first stage is always
-        run, so a deadline shorter than that is missed; see `needed`.
+        run, so a deadline shorter than that is missed; see `times.needed`.
 
         Args:
           thresholds: E - 1.
@@ -76,31 +60,22 @@ class Anytime:
         if not milliseconds > 0:
             raise ValueError(f"a deadline of {milliseconds} ms; give a positive number.")
         state: Any = pad_batch(images, self.batch)
-        due, needed = begin + 1e-3 * milliseconds, self.needed
+        due, needed = begin + 1e-3 * milliseconds, self.times.needed
         start = now = time.perf_counter()
         for e, stage in enumerate(self._stages):
             state, undecided = stage(state, thresholds, np.int32(count))
             more = bool(undecided)
             before, now = now, time.perf_counter()
-            self._note(e, now - before)
+            self.times.note(e, now - before)
             if not more:
                 break
             if e < last and now + needed[e + 1] > due:
-                self._forget(e + 1)
+                self.times.doubt(e + 1)
                 break
         logits, exits = (np.asarray(x)[:count] for x in (state.logits, state.exits))
         result = Prediction.of(logits, exits)
-        self._note(-1, time.perf_counter() - now + start - begin)
+        self.times.note(-1, time.perf_counter() - now + start - begin)
         return result
-
-    def _forget(self, row: int) -> None:
-        """Writes a usual time over the oldest, so that a slow moment does not lock a stage out."""
-        known = self.seconds[row][self.seconds[row] > 0]
-        self._note(row, float(np.median(known)) if len(known) else 0.0)
-
-    def _note(self, row: int, seconds: float) -> None:
-        self.seconds[row, self._calls[row] % RECENT] = seconds
-        self._calls[row] += 1
 
 
 def anytime(
@@ -132,7 +107,7 @@ def anytime(
     predict = Anytime(len(images), [bound(_stage(exit), exit.variables) for exit in exits])
     for _ in range(2):  # the first call compiles
         predict(never, images, np.inf)
-    predict.forget()
+    predict.times.forget()
     for _ in range(measure):
         predict(never, images, np.inf)
     return predict

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from eejax.runtime.engine import Prediction, Runtime
-
-RECENT = 256
+from eejax.runtime.recent import RecentTimes
 
 
 class Anytime:
@@ -22,9 +21,7 @@ class Anytime:
 
     Attributes:
       batch: images a call, at most.
-      seconds: `[E + 1, RECENT]`, recent times of each stage, and in the last row of a call outside
-        of its stages; the oldest measurement is overwritten first, by the median where there was
-        no time for the stage.
+      times: of the stages.
     """
 
     def __init__(self, runtime: Runtime, batch: int = 1, measure: int = 32) -> None:
@@ -42,28 +39,21 @@ class Anytime:
             raise ValueError(f"batches of {batch}, {measure} measurements; give at least 1 each.")
         exits = runtime.manifest.num_exits
         self.batch = batch
-        self.seconds = np.zeros((exits + 1, RECENT))
-        self._runtime, self._calls = runtime, np.zeros(exits + 1, int)
+        self.times = RecentTimes(exits)
+        self._runtime = runtime
         images = np.zeros((batch, *runtime.manifest.image), np.uint8)
         for _ in range(2):  # the first call loads the models and finds memory
             self(images, np.inf, np.full(exits - 1, np.inf))
-        self.seconds[:], self._calls[:] = 0, 0
+        self.times.forget()
         for _ in range(measure):
             self(images, np.inf, np.full(exits - 1, np.inf))
-
-    @property
-    def needed(self) -> np.ndarray:
-        """`[E]` seconds from the start of each stage to a prediction: the longest recent time of
-        the stage and of the rest of a call."""
-        longest = self.seconds.max(axis=1)
-        return longest[:-1] + longest[-1]
 
     def __call__(
         self, images: Any, milliseconds: float, thresholds: ArrayLike | None = None
     ) -> Prediction:
         """Predicts by each image's own exit, or by the last that was reached in time.
 
-        The first stage always runs, so a deadline that is shorter is missed; see `needed`.
+        The first stage always runs, so a deadline that is shorter is missed; see `times.needed`.
 
         Args:
           images: uint8 `[b, height, width, channels]`, 1 <= b <= `batch`.
@@ -80,7 +70,7 @@ class Anytime:
             raise ValueError(f"{len(given)} images; give {self.batch} at most.")
         if not milliseconds > 0:
             raise ValueError(f"a deadline of {milliseconds} ms; give a positive number.")
-        due, needed = begin + 1e-3 * milliseconds, self.needed
+        due, needed = begin + 1e-3 * milliseconds, self.times.needed
         exits = np.zeros(len(given), np.int32)
         logits = np.empty((len(given), len(self._runtime.manifest.classes)), np.float32)
         arrays, open_ = (given,), np.arange(len(given))
@@ -92,21 +82,12 @@ class Anytime:
             stays = ~stage.leaves
             open_, arrays = open_[stays], tuple(array[stays] for array in stage.arrays)
             before, now = now, time.perf_counter()
-            self._note(e, now - before)
+            self.times.note(e, now - before)
             if not len(open_):
                 break
             if e < last and now + needed[e + 1] > due:
-                self._forget(e + 1)
+                self.times.doubt(e + 1)
                 break
         result = Prediction.of(logits, exits)
-        self._note(-1, time.perf_counter() - now + start - begin)
+        self.times.note(-1, time.perf_counter() - now + start - begin)
         return result
-
-    def _forget(self, row: int) -> None:
-        """Writes a usual time over the oldest, so that a slow moment does not lock a stage out."""
-        known = self.seconds[row][self.seconds[row] > 0]
-        self._note(row, float(np.median(known)) if len(known) else 0.0)
-
-    def _note(self, row: int, seconds: float) -> None:
-        self.seconds[row, self._calls[row] % RECENT] = seconds
-        self._calls[row] += 1

@@ -5,8 +5,9 @@
     python -m experiments.engines --run runs/cifar10 --agree 10000
     python -m experiments.engines --engines xla onnxruntime pytorch earlyon
 
-The last needs `pip install torch earlyon`, and knows the networks `resnet` and `fast`. `pytorch`
-is eager mode with early exits by hand, `earlyon` the toolkit of that name around the same network.
+`xla` is the live network; `onnxruntime`, `stablehlo` and `export` are the layers of its artifact.
+The last line needs `pip install torch earlyon`, and knows the networks `resnet` and `fast`:
+`pytorch` is eager mode with early exits by hand, `earlyon` that toolkit around the same network.
 
 Every engine runs in a process of its own, with as many threads as this process may use cores, and
 all are timed in turn: the threads of one would slow the others. A call takes images on the host and
@@ -46,7 +47,7 @@ from experiments.report.environment import describe
 from experiments.train.config import FamilyName, NetworkConfig, network_arguments
 
 NEEDS = {"pytorch": ("torch",), "earlyon": ("torch", "earlyon")}
-EngineName = Literal["xla", "onnxruntime", "pytorch", "earlyon"]
+EngineName = Literal["xla", "onnxruntime", "stablehlo", "export", "pytorch", "earlyon"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Arguments:
     seed: int = 0
     """Of the random network and its images."""
     agree: int = 0
-    """Compare the answers of all engines on so many images, with the run's own thresholds."""
+    """Compare the answers of all engines on so many images, with the run's own thresholds, all at
+    once and one by one."""
     json: Path | None = None
     """File for the rows, as a list."""
 
@@ -161,7 +163,7 @@ def _measure(
     console.print(f"{workload.name}\n{environment['device']}")
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, console.status("exporting") as spinner:
-        write_engines(workload, bundle, Path(scratch))
+        write_engines(workload, bundle, arguments.engines, Path(scratch))
         contenders = [Contender(name, Path(scratch)) for name in arguments.engines]
         try:
             if arguments.agree:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,14 @@ def _onnxruntime(place: Path) -> dict[str, Callable[..., Any]]:
     }
 
 
+def _stored(place: Path, layer: str) -> dict[str, Callable[..., Any]]:
+    """The artifact's programs for XLA."""
+    import eejax
+
+    early = eejax.load(place / "artifact", layer).predict
+    return {"plain": _xla(place)["plain"], "early": early}
+
+
 def _pytorch(place: Path) -> dict[str, Callable[..., Any]]:
     from experiments.engines import pytorch
 
@@ -140,18 +149,20 @@ def _earlyon(place: Path) -> dict[str, Callable[..., Any]]:
 ENGINES: dict[str, Callable[[Path], dict[str, Callable[..., Any]]]] = {
     "xla": _xla,
     "onnxruntime": _onnxruntime,
+    **{layer: functools.partial(_stored, layer=layer) for layer in ("stablehlo", "export")},
     "pytorch": _pytorch,
     "earlyon": _earlyon,
 }
 
 
-def write_engines(workload: Workload, bundle: Any, place: Path) -> None:
-    """Writes what the engines read: bundle, artifact, and the plain network."""
+def write_engines(workload: Workload, bundle: Any, engines: Sequence[str], place: Path) -> None:
+    """Writes what these engines read: bundle, artifact, and the plain network."""
     import eejax
     from eejax import bundle as bundles
 
     bundles.save(bundle, place / "bundle")
-    eejax.export(bundle, place / "artifact", layers=["onnx"], images=workload.images[:4])
+    layers = ["onnx", *({"stablehlo", "export"} & set(engines))]
+    eejax.export(bundle, place / "artifact", layers=layers, images=workload.images[:4])
     (place / "plain.onnx").write_bytes(plain_model(bundle))
 
 

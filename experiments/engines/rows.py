@@ -73,29 +73,35 @@ def _row(times: dict[str, list[float]], shares: np.ndarray, per: float) -> dict[
 def agreement(
     workload: Workload, contenders: Sequence[Contender], count: int
 ) -> list[dict[str, Any]]:
-    """Labels and exits of every engine against the first, on `count` images, with the thresholds of
-    the run; and how many scores lie within 1e-5 of a threshold. earlyon gets single images, because
-    those of a batch would leave together."""
+    """Labels and exits of every other engine against the first, on `count` images, with the
+    thresholds of the run; and how many scores lie within 1e-5 of a threshold.
+
+    The first gets all images at once, the others also one by one; earlyon only so, because images
+    of a batch would leave together there.
+    """
     thresholds = thresholds_of(workload, "trained", count).astype(np.float32)
     images = workload.images[:count]
-    first, *others = [
-        (c.name, c.ask("predict", images, 1 if c.name == "earlyon" else count, thresholds))
-        for c in contenders
-    ]
     scores = workload.scores[:count, :-1]
     close = (np.abs(scores - thresholds) <= 1e-5 * np.maximum(1, np.abs(thresholds))).any(1)
-    return [
-        {
-            "engines": f"{first[0]}, {name}",
-            "images": count,
-            "other_labels": int((got.labels != first[1].labels).sum()),
-            "other_exits": int((got.exits != first[1].exits).sum()),
-            "close": int(close.sum()),
-            "largest_difference": float(np.abs(got.logits - first[1].logits).max()),
-        }
-        for name, got in others
-    ]
+    first, *others = contenders
+    expected = first.ask("predict", images, count, thresholds)
+    rows = []
+    for other in others:
+        for batch in (1,) if other.name == "earlyon" else (count, 1):
+            got = other.ask("predict", images, batch, thresholds)
+            rows.append(
+                {
+                    "engines": f"{first.name}, {other.name}",
+                    "images": count,
+                    "how": "one by one" if batch == 1 else "at once",
+                    "other_labels": int((got.labels != expected.labels).sum()),
+                    "other_exits": int((got.exits != expected.exits).sum()),
+                    "close": int(close.sum()),
+                    "largest_difference": float(np.abs(got.logits - expected.logits).max()),
+                }
+            )
+    return rows
 
 
-AGREEMENT = """{engines}, {images:,} images: {other_labels} other labels, {other_exits} other exits;
-{close} scores within 1e-5 of a threshold, logits within {largest_difference:.1e}"""
+AGREEMENT = """{engines}, {images:,} images {how}: {other_labels} other labels, {other_exits} other
+exits; {close} scores within 1e-5 of a threshold, logits within {largest_difference:.1e}"""

@@ -1,0 +1,398 @@
+"""Which samples run next, who is answered, and who is refused: serving without a clock or threads.
+
+Every sample has a deadline. Samples of many requests wait before the stage that they reached, and
+run in tiles. Whoever is accepted gets an answer until its deadline: of its own exit, or the best
+one so far.
+
+- **Refused at once** is a sample for which there is no place, or whose first exit could not be
+  reached in time behind those that wait.
+- **The level** is a position on a path of thresholds, from those that were chosen to lower ones. It
+  is the first at which all that waits could be done in time, earliest deadline first, and samples
+  could be served in full tiles as fast as the last ones came, with the share of samples that goes
+  on past each exit at that level.
+- **The next tile** never makes a sample late that waits for its first exit. Within that, a stage
+  with a full tile comes first, the last such stage; otherwise the stage whose sample is due first.
+  Nothing waits for a tile to fill.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+# Arrivals by which their rate is judged.
+RECENT = 64
+# How much longer than in full tiles first exits may take where more than a tile waits.
+WASTE = 1.25
+
+
+class Level(NamedTuple):
+    """A position on the path of thresholds.
+
+    Attributes:
+      thresholds: `[E - 1]`.
+      goes_on: `[E - 1]`, the share of the samples at each exit that goes on, on held-out data.
+    """
+
+    thresholds: np.ndarray
+    goes_on: np.ndarray
+
+
+class Answer(NamedTuple):
+    """What a sample is told.
+
+    Attributes:
+      logits: `[C]`, the policy's.
+      exit: 0-based.
+      partial: whether it would have gone on, if there had been time.
+      level: at which its exit was decided; 0 for the thresholds that were chosen.
+    """
+
+    logits: np.ndarray
+    exit: int
+    partial: bool
+    level: int
+
+
+class Refusal(Exception):
+    """A sample that is not answered.
+
+    Attributes:
+      reason: `"full"`, `"late"`, `"closed"`, or `"failed"`.
+    """
+
+    def __init__(self, reason: str, words: str) -> None:
+        super().__init__(words)
+        self.reason = reason
+
+
+@dataclasses.dataclass(eq=False)
+class Sample:
+    """A sample from its acceptance to its answer.
+
+    Attributes:
+      arrays: what its next stage reads, each `[1, ...]`.
+      due: its deadline, in the seconds of the caller's clock.
+      tell: gets the answer or the refusal, once.
+      number: by which samples with the same deadline are served in order.
+      stage: the next one.
+      best: of the last exit that it reached.
+      waits: whether it waits before its stage, and not in the tile that runs.
+      alone: whether it has to run by itself, because a tile with it failed.
+      open: whether it is still to be told.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+    due: float
+    tell: Callable[[Answer | Refusal], None]
+    number: int
+    stage: int = 0
+    best: Answer | None = None
+    waits: bool = False
+    alone: bool = False
+    open: bool = True
+
+
+class Work(NamedTuple):
+    """A tile that is to run.
+
+    Attributes:
+      stage: 0-based.
+      samples: n of them.
+      level: the level's number.
+      thresholds: `[E - 1]`.
+    """
+
+    stage: int
+    samples: tuple[Sample, ...]
+    level: int
+    thresholds: np.ndarray
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What the stage reads, each `[n, ...]`."""
+        parts = zip(*(sample.arrays for sample in self.samples), strict=True)
+        return tuple(np.concatenate(rows) for rows in parts)
+
+
+class StageResult(Protocol):
+    """What a stage makes of n samples: `eejax.runtime`'s `Stage`."""
+
+    @property
+    def logits(self) -> np.ndarray: ...
+    @property
+    def leaves(self) -> np.ndarray: ...
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]: ...
+
+
+class Scheduler:
+    """The samples under way. All times are seconds of one clock, which is the caller's.
+
+    Attributes:
+      tile: samples that run together, at most.
+      capacity: samples under way, at most.
+      levels: the path, from the chosen thresholds on.
+      seconds: `[E, tile + 1]` at any time, what each stage takes for 0, 1, ... samples.
+      now_running: the tile that runs, if one does.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        seconds: Callable[[], np.ndarray],
+        *,
+        tile: int = 64,
+        capacity: int = 1024,
+    ) -> None:
+        """Without samples.
+
+        Args:
+          levels: at least one; the samples that go on are never more at a later level.
+          seconds: called for `[E, tile + 1]`, what each stage takes for 0, 1, ... samples; no less
+            for more.
+          tile: samples that run together, at most.
+          capacity: samples under way, at most.
+
+        Raises:
+          ValueError: if there is no level, their lengths differ, or a number is less than 1.
+        """
+        lengths = {len(array) for level in levels for array in level}
+        if len(lengths) != 1:
+            raise ValueError(f"levels of {sorted(lengths)} exits; give one level or more, alike.")
+        if min(tile, capacity) < 1:
+            raise ValueError(f"tiles of {tile}, a capacity of {capacity}; give at least 1 each.")
+        self.tile, self.capacity = tile, capacity
+        self.levels = tuple(
+            Level(np.asarray(level.thresholds, np.float32), np.asarray(level.goes_on))
+            for level in levels
+        )
+        self.seconds = seconds
+        self.now_running: Work | None = None
+        exits = lengths.pop() + 1
+        self._waiting: list[list[tuple[float, int, Sample]]] = [[] for _ in range(exits)]
+        # [L, E, E]: of samples that enter stage e, the share that enters stage k.
+        self._reach = np.stack([_reach(level.goes_on) for level in self.levels])
+        self._free_at = 0.0
+        self._numbers = itertools.count()
+        self._arrivals: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self._under_way = 0
+
+    @property
+    def under_way(self) -> int:
+        """Samples that are accepted and not yet told."""
+        return self._under_way
+
+    @property
+    def queues(self) -> list[int]:
+        """Samples that wait before each stage."""
+        return [len(queue) for queue in self._waiting]
+
+    def accept(
+        self,
+        arrays: tuple[np.ndarray, ...],
+        due: float,
+        tell: Callable[[Answer | Refusal], None],
+        now: float,
+    ) -> Sample:
+        """Takes a sample in.
+
+        Raises:
+          Refusal: if there is no place, or no time for its first exit.
+        """
+        self._arrivals.append(now)
+        if self._under_way >= self.capacity:
+            raise Refusal("full", f"{self.capacity} samples are under way; try again later.")
+        sample = Sample(arrays, due, tell, next(self._numbers))
+        self._push(sample)
+        # Nobody that was accepted may be late for it, nor may it be late itself.
+        if not self._fits(max(now, self._free_at) if self.now_running else now):
+            self._pull(sample)
+            raise Refusal("late", "the load leaves no time until the deadline; try again later.")
+        self._under_way += 1
+        return sample
+
+    def leave(self, sample: Sample) -> None:
+        """Forgets a sample, whose client is gone."""
+        if sample.open:
+            sample.open = False
+            self._under_way -= 1
+            if sample.waits:
+                self._pull(sample)
+
+    def expire(self, now: float) -> None:
+        """Tells those whose deadline has come; one that has no answer yet waits for its tile."""
+        for queue in self._waiting[1:]:
+            while queue and queue[0][0] <= now:
+                self._tell_best(queue[0][2])
+        if self.now_running is not None:
+            for sample in self.now_running.samples:
+                if sample.open and sample.due <= now and sample.best is not None:
+                    self._tell_best(sample)
+
+    def wake(self) -> float:
+        """When `expire` has something to do next; inf for never."""
+        dues = [queue[0][0] for queue in self._waiting[1:] if queue]
+        if self.now_running is not None:
+            running = self.now_running.samples
+            dues += [s.due for s in running if s.open and s.best is not None]
+        return min(dues, default=np.inf)
+
+    def next(self, now: float) -> Work | None:
+        """The tile that runs from now on; None if nothing waits. One runs at a time."""
+        assert self.now_running is None
+        self.expire(now)
+        seconds = self.seconds()
+        stage = self._choose(now, seconds)
+        if stage is None:
+            return None
+        samples = self._tile(stage, now, seconds[stage])
+        level = self._level(now, seconds)
+        for sample in samples:
+            self._pull(sample)
+        self._free_at = now + seconds[stage, len(samples)]
+        self.now_running = Work(stage, samples, level, self.levels[level].thresholds)
+        return self.now_running
+
+    def done(self, result: StageResult, now: float) -> None:
+        """Takes the results of the tile that ran: tells those that leave, moves the others on."""
+        work = self._ended()
+        last = work.stage + 1 == len(self._waiting)
+        for i, sample in enumerate(work.samples):
+            if not sample.open:
+                continue
+            leaves = last or bool(result.leaves[i])
+            answer = Answer(result.logits[i], work.stage, not leaves, work.level)
+            if leaves or sample.due <= now:
+                self._tell(sample, answer)
+                continue
+            sample.best, sample.stage = answer, work.stage + 1
+            # A copy, so that the others of the tile are free when they are done.
+            sample.arrays = tuple(array[i : i + 1].copy() for array in result.arrays)
+            self._push(sample)
+
+    def failed(self, words: str) -> None:
+        """The tile that ran has failed: its samples run again, each alone; one that was alone is
+        refused, or told its best answer so far."""
+        work = self._ended()
+        for sample in work.samples:
+            if not sample.open:
+                continue
+            if len(work.samples) > 1:
+                sample.alone = True
+                self._push(sample)
+            elif sample.best is not None:
+                self._tell_best(sample)
+            else:
+                self._tell(sample, Refusal("failed", words))
+
+    def close(self, words: str) -> None:
+        """Tells all that are under way their best answer, or a refusal."""
+        running = () if self.now_running is None else self.now_running.samples
+        for sample in [*running, *(s for queue in self._waiting for *_, s in list(queue))]:
+            if sample.open:
+                best = sample.best
+                self._tell(sample, Refusal("closed", words) if best is None else best)
+
+    def _choose(self, now: float, seconds: np.ndarray) -> int | None:
+        """The stage that runs next."""
+        for e in range(1, len(self._waiting)):
+            self._thin_out(e, now, seconds[e])
+        full = [e for e, queue in enumerate(self._waiting) if len(queue) >= self.tile]
+        others = [e for e, queue in enumerate(self._waiting) if 0 < len(queue) < self.tile]
+        others.sort(key=lambda e: self._waiting[e][0][0])
+        for e in [*full[::-1], *others]:
+            size = min(len(self._waiting[e]), self.tile)
+            if e == 0 or self._fits(now + seconds[e, size]):
+                return e
+        return 0 if self._waiting[0] else None
+
+    def _thin_out(self, stage: int, now: float, seconds: np.ndarray) -> None:
+        """Tells those their best answer for whom this stage would come too late, or in time only
+        with less than half of the tile that could run."""
+        queue = self._waiting[stage]
+        while queue:
+            size = min(len(queue), self.tile)
+            if 2 * _largest(seconds, queue[0][0] - now) >= size:
+                break
+            self._tell_best(queue[0][2])
+
+    def _tile(self, stage: int, now: float, seconds: np.ndarray) -> tuple[Sample, ...]:
+        """The samples due first, as many as are done when the first of them is due."""
+        queue = self._waiting[stage]
+        size = max(1, min(_largest(seconds, queue[0][0] - now), len(queue), self.tile))
+        samples = [sample for *_, sample in queue[:size]]
+        alone = next((i for i, sample in enumerate(samples) if sample.alone), size)
+        return tuple(samples[: max(alone, 1)])
+
+    def _fits(self, start: float) -> bool:
+        """Whether all that wait for their first exit reach it in time, if nothing else runs from
+        `start` on; and if there are many, in tiles that are not much smaller than they could be."""
+        queue, seconds = self._waiting[0], self.seconds()[0]
+        ends, i = start, 0
+        while i < len(queue):
+            size = _largest(seconds, queue[i][0] - ends)
+            if size < 1:
+                return False
+            size = min(size, len(queue) - i)
+            ends += seconds[size]
+            i += size
+        whole, rest = divmod(len(queue), self.tile)
+        least = whole * seconds[-1] + seconds[rest]
+        return not whole or ends - start <= WASTE * least
+
+    def _level(self, now: float, seconds: np.ndarray) -> int:
+        """The first level at which all that waits can be done in time and what arrives can be
+        served, or the last."""
+        waiting = sorted((due, e) for e, queue in enumerate(self._waiting) for due, *_ in queue)
+        dues, stages = np.array(waiting).reshape(-1, 2).T
+        size = min(max(len(dues), 1), self.tile)
+        each = self._reach @ (seconds[:, size] / size)  # [L, E]
+        ends = now + np.cumsum(each[:, stages.astype(int)], axis=1)
+        enough = (ends <= dues).all(axis=1)
+        if len(self._arrivals) == RECENT and now > self._arrivals[0]:
+            rate = RECENT / (now - self._arrivals[0])
+            enough &= rate * (self._reach[:, 0] @ (seconds[:, -1] / self.tile)) <= 1
+        return int(enough.argmax()) if enough.any() else len(self.levels) - 1
+
+    def _ended(self) -> Work:
+        work, self.now_running = self.now_running, None
+        assert work is not None
+        return work
+
+    def _push(self, sample: Sample) -> None:
+        bisect.insort(self._waiting[sample.stage], (sample.due, sample.number, sample))
+        sample.waits = True
+
+    def _pull(self, sample: Sample) -> None:
+        queue = self._waiting[sample.stage]
+        del queue[bisect.bisect_left(queue, (sample.due, sample.number))]
+        sample.waits = False
+
+    def _tell_best(self, sample: Sample) -> None:
+        assert sample.best is not None
+        self._tell(sample, sample.best)
+
+    def _tell(self, sample: Sample, answer: Answer | Refusal) -> None:
+        self.leave(sample)
+        sample.tell(answer)
+
+
+def _largest(seconds: np.ndarray, until: float) -> int:
+    """The largest number of samples that a stage does in this time."""
+    return int(np.searchsorted(seconds, until, side="right")) - 1
+
+
+def _reach(goes_on: np.ndarray) -> np.ndarray:
+    """`[E, E]`: of the samples that enter stage e, the share that enters stage k >= e."""
+    exits = len(goes_on) + 1
+    share = np.zeros((exits, exits))
+    for e in range(exits):
+        share[e, e:] = np.cumprod([1.0, *goes_on[e:]])
+    return share

@@ -1,0 +1,114 @@
+"""A scheduler in real time: requests come by asyncio, stages run in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from eejax.serving.scheduler import Answer, Refusal, Scheduler, StageResult, Work
+from eejax.serving.times import Engine, StageTimes
+
+# Seconds before a deadline at which the best answer so far is handed over.
+RESERVE = 0.001
+
+
+class Service:
+    """Answers images until their deadlines; used as `async with Service(...) as service`.
+
+    At the end of the block it takes no more, finishes what is under way, and stops.
+
+    Attributes:
+      scheduler: decides; it belongs to the event loop's thread.
+      times: of the engine's stages; corrected here by what they take.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, times: StageTimes) -> None:
+        self.scheduler, self.times = scheduler, times
+        self._engine = engine
+        self._closed = False
+        self._news = asyncio.Event()
+        # One: an engine uses all cores.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "eejax-engine")
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closed = True
+        self._news.set()
+        try:
+            await self._task
+        finally:
+            self.scheduler.close("the service has ended.")
+            self._thread.shutdown()
+
+    async def predict(self, image: np.ndarray, seconds: float) -> Answer:
+        """The answer to one image, until its deadline.
+
+        If the caller is cancelled, its place is free at once.
+
+        Args:
+          image: as the first stage reads it, `[1, height, width, channels]`.
+          seconds: from now.
+
+        Raises:
+          Refusal: at once, if there is no place or no time; if the image cannot be processed; if
+            the service ends.
+        """
+        if self._closed:
+            raise Refusal("closed", "the service is ending.")
+        told: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def tell(answer: Answer | Refusal) -> None:
+            if told.done():
+                return
+            if isinstance(answer, Refusal):
+                told.set_exception(answer)
+            else:
+                told.set_result(answer)
+
+        now = time.monotonic()
+        sample = self.scheduler.accept((image,), now + seconds - RESERVE, tell, now)
+        self._news.set()
+        try:
+            return await told
+        finally:
+            self.scheduler.leave(sample)
+
+    def _stage(self, work: Work) -> StageResult:
+        return self._engine.run_stage(work.stage, work.arrays, work.thresholds)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._news.clear()
+            work = self.scheduler.next(time.monotonic())
+            if work is None:
+                if self._closed:
+                    return
+                await self._news.wait()
+                continue
+            begin = time.perf_counter()
+            job = loop.run_in_executor(self._thread, self._stage, work)
+            while not job.done():
+                left = self.scheduler.wake() - time.monotonic()
+                await asyncio.wait([job], timeout=max(left, 0) if left < np.inf else None)
+                self.scheduler.expire(time.monotonic())
+            try:
+                result = job.result()
+            except Exception as error:  # of any engine
+                self.scheduler.failed(str(error))
+            else:
+                self.times.note(work.stage, len(work.samples), time.perf_counter() - begin)
+                self.scheduler.done(result, time.monotonic())
