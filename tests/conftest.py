@@ -47,7 +47,14 @@ hypothesis.settings.load_profile("eejax")
 # Files that share a run of a main job go to the same process, so that it is made once.
 SHARED = {
     **dict.fromkeys(
-        ("test_deadlines", "test_generalisation", "test_job", "test_latency", "test_quantising"),
+        (
+            "test_deadlines",
+            "test_generalisation",
+            "test_job",
+            "test_latency",
+            "test_quantising",
+            "test_serving_load",
+        ),
         "digits_run",
     ),
     **dict.fromkeys(("test_compare", "test_compare_again", "test_compare_results"), "comparison"),

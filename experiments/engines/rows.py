@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from experiments.engines.contenders import SINGLES, Contender
 from experiments.latency.workload import Workload, thresholds_of
+
+# Threads of some engines go on waiting actively after a call, and would slow the next contender.
+PAUSE = 0.3
 
 
 def rows(
@@ -32,6 +36,7 @@ def rows(
     for done in range(arguments.rounds):
         say(f"batch {batch}: round {done + 1} of {arguments.rounds}")
         for contender in contenders:
+            time.sleep(PAUSE)
             for what, thresholds in limits.items():
                 kind = "plain" if what == "plain" else "early"
                 seconds = contender.ask("time", kind, images, batch, thresholds)
