@@ -36,7 +36,7 @@ class Plain:
 
     def run_stage(self, e: int, arrays: Sequence[np.ndarray], thresholds: np.ndarray) -> Stage:
         del e, thresholds
-        (logits,) = self._session.run(["logits"], {"images": arrays[0]})
+        logits = np.asarray(self._session.run(["logits"], {"images": arrays[0]})[0])
         return Stage(logits, np.ones(len(logits), bool), ())
 
 
