@@ -350,6 +350,8 @@ class Scheduler:
     def _level(self, now: float, seconds: np.ndarray) -> int:
         """The first level at which all that waits can be done in time and what arrives can be
         served, or the last."""
+        if len(self.levels) == 1:
+            return 0
         waiting = sorted((due, e) for e, queue in enumerate(self._waiting) for due, *_ in queue)
         dues, stages = np.array(waiting).reshape(-1, 2).T
         size = min(max(len(dues), 1), self.tile)
@@ -386,7 +388,7 @@ class Scheduler:
 
 def _largest(seconds: np.ndarray, until: float) -> int:
     """The largest number of samples that a stage does in this time."""
-    return int(np.searchsorted(seconds, until, side="right")) - 1
+    return int(seconds.searchsorted(until, side="right")) - 1
 
 
 def _reach(goes_on: np.ndarray) -> np.ndarray:

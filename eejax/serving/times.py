@@ -36,7 +36,7 @@ class StageTimes:
     def __init__(self, table: np.ndarray) -> None:
         self.table = np.maximum.accumulate(table, axis=1)
         self._ratios: list[collections.deque[float]] = [
-            collections.deque([1.0], RECENT) for _ in table
+            collections.deque([1.0] * RECENT, RECENT) for _ in table
         ]
         self._factors = np.ones(len(table))
 

@@ -83,6 +83,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 def main(argv: Sequence[str]) -> int:
     """Runs a command line; a mistake is one line on stderr, and status 2."""
     console = Console(soft_wrap=True)
+    # The thread of an engine waits for the loop's thread that long after each stage.
+    sys.setswitchinterval(1e-4)
 
     def begin() -> tuple[Arguments, Bundle, Dataset]:
         arguments = parse(argv)
