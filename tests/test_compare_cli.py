@@ -204,7 +204,9 @@ def test_a_mistake_ends_with_status_2_and_one_line(capsys):
 
 def test_a_mistake_is_a_line(capsys):
     assert compare.main(["--jobs", "0", *DIGITS]) == 2
-    assert capsys.readouterr().err.rstrip().splitlines()[-1].startswith("error: --jobs 0")
+    err = capsys.readouterr().err
+    assert err.rstrip().splitlines()[-1].startswith("error: --jobs 0")
+    assert "Traceback" not in err
 
 
 def test_help_explains_every_field(capsys):

@@ -169,6 +169,40 @@ def test_an_engine_that_breaks_ends_no_one_elses_request(loaded):
     assert served(Broken(), table(), use) is False
 
 
+def test_results_that_are_none_fail_their_requests_and_nothing_else(loaded):
+    class Wrong:
+        def __init__(self, wrong):
+            self.wrong = wrong
+
+        def run_stage(self, e, arrays, thresholds):
+            return self.wrong(loaded.run_stage(e, arrays, thresholds))
+
+    async def use(service):
+        reasons = []
+        for _ in range(2):
+            with pytest.raises(Refusal) as refused:
+                await asyncio.wait_for(service.predict(some_images(28, 1), HOUR), 60)
+            reasons.append(refused.value.reason)
+        return reasons
+
+    for wrong in (lambda stage: None, lambda stage: stage._replace(leaves=stage.leaves[:0])):
+        assert served(Wrong(wrong), table(), use) == ["failed", "failed"]
+
+
+def test_nobody_waits_for_a_service_that_broke(loaded):
+    async def use(service):
+        service.scheduler.next = lambda now: 1 / 0
+        reasons = []
+        for _ in range(2):
+            with pytest.raises(Refusal) as refused:
+                await asyncio.wait_for(service.predict(some_images(28, 1), HOUR), 60)
+            reasons.append(refused.value.reason)
+        assert reasons == ["closed", "closed"]
+
+    with pytest.raises(ZeroDivisionError):
+        served(loaded, table(), use)
+
+
 def test_times_follow_what_stages_take_lately():
     times = StageTimes(np.array([[0.0, 2.0, 1.0], [0.0, 1.0, 2.0]]))
     np.testing.assert_array_equal(times(), [[0, 2, 2], [0, 1, 2]])

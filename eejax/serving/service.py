@@ -50,7 +50,6 @@ class Service:
         try:
             await self._task
         finally:
-            self.scheduler.close("the service has ended.")
             self._thread.shutdown()
 
     async def predict(self, image: np.ndarray, seconds: float) -> Answer:
@@ -87,9 +86,22 @@ class Service:
             self.scheduler.leave(sample)
 
     def _stage(self, work: Work) -> StageResult:
-        return self._engine.run_stage(work.stage, work.arrays, work.thresholds)
+        result = self._engine.run_stage(work.stage, work.arrays, work.thresholds)
+        # Here, where what is wrong is the tile's failure and not the loop's end.
+        lengths = {len(array) for array in (result.logits, result.leaves, *result.arrays)}
+        if lengths != {len(work.samples)}:
+            raise ValueError(f"results for {lengths} samples of {len(work.samples)}")
+        return result
 
     async def _run(self) -> None:
+        try:
+            await self._serve()
+        finally:
+            # Whatever ends it, nobody waits for an answer that does not come.
+            self._closed = True
+            self.scheduler.close("the service has ended.")
+
+    async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             self._news.clear()
