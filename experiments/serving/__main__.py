@@ -4,11 +4,11 @@
     python -m experiments.serving --run runs/cifar10 --milliseconds 50 --loads 1 1.5 2
 
 Single images arrive at random moments (Poisson), as many a second on average as the load says: 1 is
-what the whole network does in full tiles, by the 0.9 quantile of their times. Each has a deadline. ONNX Runtime answers: the whole
-network, early exits with the run's thresholds, and early exits that lower their thresholds under
-load, as far as at most a point is lost on held-out images, all three through `eejax.serving`; and
-the whole network behind a dynamic batcher, which knows no deadlines. Latency counts from the moment
-at which a request was to come.
+what the whole network does in full tiles, by the 0.9 quantile of their times. Each image has a
+deadline. ONNX Runtime answers: the whole network, early exits with the run's thresholds, and early
+exits that lower their thresholds under load, as far as at most a point is lost on held-out images,
+all three through `eejax.serving`; and the whole network behind a dynamic batcher, which knows no
+deadlines. Latency counts from the moment at which a request was to come.
 """
 
 from __future__ import annotations
