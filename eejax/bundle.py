@@ -64,10 +64,13 @@ class Bundle:
       thresholds: `[E - 1]` float32.
       costs: of each stage and each head.
       metadata: anything else that JSON holds: seed, data set, date, versions.
+      held_out: scores and outcomes of the samples on which the thresholds were chosen, if there are
+        any: serving under load, planning and the drift monitor need them.
 
     Raises:
       ValueError: if a value cannot be stored in JSON, the family refuses its arguments, or there is
-        not one threshold for each exit but the last, or not one cost for each exit.
+        not one threshold for each exit but the last, or not one cost for each exit; if `held_out`
+        is not of these exits.
     """
 
     family: str
@@ -81,6 +84,7 @@ class Bundle:
     thresholds: np.ndarray
     costs: Costs
     metadata: Mapping[str, Any]
+    held_out: manifest.HeldOut | None = None
 
     def __post_init__(self) -> None:
         plain = {
@@ -107,6 +111,16 @@ class Bundle:
                 f"{exits} stages and {exits} heads."
             )
         object.__setattr__(self, "costs", costs)
+        if self.held_out is not None:
+            scores, correct = map(np.asarray, self.held_out)
+            if scores.ndim != 2 or not len(scores) or scores.shape[1] != exits:
+                raise ValueError(f"held-out scores {scores.shape}; give [N, {exits}], N >= 1.")
+            if correct.shape != scores.shape or correct.dtype != bool:
+                raise ValueError(
+                    f"held-out outcomes {correct.dtype} {correct.shape}; give bool {scores.shape}."
+                )
+            held_out = manifest.HeldOut(scores.astype(np.float32), correct)
+            object.__setattr__(self, "held_out", held_out)
 
     @functools.cached_property
     def network(self) -> EarlyExitNetwork:
@@ -166,6 +180,8 @@ def save(bundle: Bundle, directory: str | Path) -> None:
         "costs/stages": bundle.costs.stages,
         "costs/heads": bundle.costs.heads,
     }
+    if bundle.held_out is not None:
+        arrays |= {f"held_out/{k}": array for k, array in bundle.held_out._asdict().items()}
     _check_variables(arrays, _shapes(bundle))
     # safetensors writes the bytes behind the pointer, whatever the strides.
     weights = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
@@ -237,12 +253,19 @@ def _read(place: Path) -> Bundle:
         arrays["thresholds"],
         Costs(arrays["costs/stages"], arrays["costs/heads"]),
         content["metadata"],
+        _held_out(arrays),
     )
     shapes = _shapes(bundle)
     _check_variables(arrays, shapes)
     leaves = [jnp.asarray(arrays[name]) for name in variable_names(shapes)]
     variables = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     return dataclasses.replace(bundle, variables=variables)
+
+
+def _held_out(arrays: Mapping[str, np.ndarray]) -> manifest.HeldOut | None:
+    if "held_out/scores" not in arrays:
+        return None
+    return manifest.HeldOut(arrays["held_out/scores"], arrays["held_out/correct"])
 
 
 def _verified_content(data: bytes) -> dict[str, Any]:

@@ -55,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         default=_LAYERS,
         help="what to write; each runs without the others; all by default",
     )
+    export.add_argument(
+        "--drop",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="accuracy that lower thresholds may cost when a server is under load; 0.01 by default",
+    )
     predict = command(
         _predict, "predict", "Predict images; a line for each, with its exit and confidence."
     )
@@ -95,7 +102,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from eejax.bundle import load
 
     start = time.perf_counter()
-    export(load(arguments.run), arguments.to, layers=arguments.layers)
+    export(load(arguments.run), arguments.to, layers=arguments.layers, drop=arguments.drop)
     size = sum(p.stat().st_size for p in Path(arguments.to).rglob("*") if p.is_file())
     seconds = time.perf_counter() - start
     print(f"{arguments.to}: {size / 1e6:.1f} MB in {seconds:.1f} s; eejax verify {arguments.to}")

@@ -30,6 +30,7 @@ from eejax.bundle import Bundle
 from eejax.evaluation.routing import route, score
 from eejax.onnx.quantising import chained
 from eejax.policies import Policy
+from eejax.runtime import HeldOut
 from eejax.trace import Trace, recorded
 from experiments import command_line
 from experiments.checks import require, require_all
@@ -161,7 +162,8 @@ def decided(
     routed = route(scored, choice.thresholds)
     whole = (scored.predictions[:, -1] == data.test.labels).mean()
     early = (routed.logits.argmax(-1) == data.test.labels).mean()
-    chosen = dataclasses.replace(bundle, policy=policy, thresholds=choice.thresholds)
+    kept = HeldOut(held_out.scores, correct)
+    chosen = dataclasses.replace(bundle, policy=policy, thresholds=choice.thresholds, held_out=kept)
     return chosen, [
         {"network": "whole", "accuracy": float(whole), "cost": 1.0},
         {

@@ -1,4 +1,4 @@
-"""The load benchmark: what becomes of requests, and the path of thresholds. No time is asserted."""
+"""The load benchmark: what becomes of requests. No time is asserted."""
 
 import asyncio
 import json
@@ -6,13 +6,9 @@ import json
 import numpy as np
 import pytest
 
-import eejax
-from eejax import policies
-from eejax.evaluation.routing import route
 from eejax.serving import Answer, Refusal
-from eejax.trace import recorded
 from experiments.serving import __main__ as serving
-from experiments.serving.contenders import NAMES, path
+from experiments.serving.contenders import NAMES
 from experiments.serving.load import offered
 
 
@@ -62,31 +58,6 @@ def test_requests_come_when_they_come_and_all_is_counted():
     assert row["partial"] == pytest.approx(1 / 3)
     assert row["level"] == 1
     assert sum(row["exits"]) == 30
-
-
-def test_the_path_begins_with_the_chosen_thresholds_and_loses_no_more_than_it_may():
-    random = np.random.default_rng(20261128)
-    count, classes = 2000, 4
-    labels = random.integers(0, classes, count)
-    strength = np.array([0.8, 1.2, 1.6])[None, :, None]
-    logits = (
-        random.normal(size=(count, 3, classes)) + 2 * strength * np.eye(classes)[labels][:, None]
-    )
-    trace = recorded(logits.astype(np.float32), labels)
-    scored = eejax.score(policies.max_prob, trace)
-    cost = np.array([0.3, 0.6, 1.0])
-    correct = scored.predictions == labels[:, None]
-    chosen = eejax.for_budget(scored.scores, correct, cost, 0.8).thresholds
-    levels = path(scored, labels, cost, chosen, 0.01)
-    np.testing.assert_array_equal(levels[0].thresholds, chosen)
-    assert len(levels) > 2
-    costs = [cost[route(scored, level.thresholds).exits].mean() for level in levels]
-    assert costs == sorted(costs, reverse=True)
-    for level in levels[1:]:
-        routed = route(scored, level.thresholds)
-        accuracy = (routed.logits.argmax(-1) == labels).mean()
-        assert accuracy >= correct[:, -1].mean() - 0.01
-        assert level.goes_on[0] == pytest.approx((routed.exits > 0).mean())
 
 
 @pytest.mark.parametrize(

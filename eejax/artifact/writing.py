@@ -19,6 +19,7 @@ from eejax.inference.step import bind_exits, exit_step, first_samples
 from eejax.policies import to_arrays
 from eejax.runtime import manifest
 from eejax.runtime.manifest import MANIFEST
+from eejax.selection.lowering import lowered
 
 LAYERS = ("onnx", "stablehlo", "export")
 _RECORDED = 32
@@ -32,6 +33,7 @@ def export(
     images: Any = None,
     quantise: Any = None,
     certificate: Mapping[str, Any] | None = None,
+    drop: float = 0.01,
 ) -> None:
     """Writes the artifact of a bundle, all or nothing; one that is already there is replaced.
 
@@ -48,11 +50,13 @@ def export(
         `python -m experiments.quantise` chooses them. The layer must be `"onnx"` alone.
       certificate: what the thresholds guarantee, and on which data: anything that JSON holds. It is
         kept and shown.
+      drop: of the last exit's accuracy on the bundle's held-out samples, that lower thresholds may
+        cost when a server is under load.
 
     Raises:
       NotImplementedError: if an operation of the network or policy cannot be written in ONNX.
-      ValueError: if a layer does not exist, the images do not fit, the certificate is not JSON, or
-        the directory holds something else than an artifact.
+      ValueError: if a layer does not exist, the images do not fit, the certificate is not JSON,
+        `drop` is not in [0, 1), or the directory holds something else than an artifact.
       OSError: if it cannot be written.
     """
     if not layers or not set(layers) <= set(LAYERS):
@@ -91,6 +95,16 @@ def export(
     files["recorded/images.bin"] = images.tobytes()
     files["recorded/logits.bin"] = logits.astype("<f4").tobytes()
     files["recorded/exits.bin"] = exits.astype("<i4").tobytes()
+    if bundle.held_out is not None:
+        files |= manifest.held_out_files(bundle.held_out)
+        path = lowered(bundle.held_out, bundle.costs.fractions, bundle.thresholds, drop)
+        described["levels"] = [
+            {
+                "thresholds": [manifest.number(t) for t in level.thresholds.tolist()],
+                "goes_on": level.goes_on.tolist(),
+            }
+            for level in path
+        ]
     files[MANIFEST] = _manifest(bundle, files, described, len(images), certificate)
     replace_directory(directory, files, _known(directory))
 

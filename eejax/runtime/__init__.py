@@ -9,11 +9,12 @@ enough.
 
 from eejax.runtime.deadline import Anytime
 from eejax.runtime.engine import Prediction, Runtime, load
-from eejax.runtime.manifest import Manifest, read
+from eejax.runtime.manifest import HeldOut, Manifest, read
 from eejax.runtime.verifying import Verified, recorded, verify
 
 __all__ = [
     "Anytime",
+    "HeldOut",
     "Manifest",
     "Prediction",
     "Runtime",

@@ -17,7 +17,7 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 4 << 20  # bytes
 LARGEST = 4 << 30  # bytes, of all files together
+_SCORES, _CORRECT = "held_out/scores.bin", "held_out/correct.bin"
 # A file's name, with or without a folder; so no path can leave the directory.
 _NAME = re.compile(r"(?:[A-Za-z0-9_]+/)?[A-Za-z0-9_]+\.[a-z]+")
 
@@ -34,6 +35,18 @@ _NOT_READ = (
     *(ValueError, TypeError, KeyError, AttributeError, IndexError),
     *(OSError, RecursionError, OverflowError),
 )
+
+
+class HeldOut(NamedTuple):
+    """What every exit made of the samples on which the thresholds were chosen.
+
+    Attributes:
+      scores: `[N, E]` float32, the policy's.
+      correct: `[N, E]` bool, whether the exit's label was the sample's.
+    """
+
+    scores: np.ndarray
+    correct: np.ndarray
 
 
 # Compared by identity, since arrays have no truth value.
@@ -89,6 +102,21 @@ class Manifest:
             raise ValueError(f"{name} in {self.directory} is damaged: it is not what was written.")
         return data
 
+    def held_out(self) -> HeldOut | None:
+        """The held-out samples of the thresholds; None if the bundle had none.
+
+        Raises:
+          ValueError: if a file is damaged, or does not fit the other.
+        """
+        if _SCORES not in self.files:
+            return None
+        scores = np.frombuffer(self.file(_SCORES), "<f4")
+        correct = np.frombuffer(self.file(_CORRECT), "u1")
+        if scores.shape != correct.shape or len(scores) % self.num_exits or correct.max() > 1:
+            raise ValueError(f"{_SCORES} and {_CORRECT} in {self.directory} do not fit each other.")
+        shape = (-1, self.num_exits)
+        return HeldOut(scores.reshape(shape), correct.reshape(shape).astype(bool))
+
     def part(self, name: str) -> Any:
         """A part of the content that a layer needs; ValueError if there is none."""
         if name not in self.content:
@@ -116,6 +144,14 @@ def read(directory: str | Path) -> Manifest:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         reason = " ".join(reason.split()) or type(error).__name__
         raise ValueError(f"the artifact in {directory} cannot be read: {reason}") from error
+
+
+def held_out_files(held_out: HeldOut) -> dict[str, bytes]:
+    """The files from which `Manifest.held_out` reads them."""
+    return {
+        _SCORES: held_out.scores.astype("<f4").tobytes(),
+        _CORRECT: held_out.correct.astype("u1").tobytes(),
+    }
 
 
 def content_hash(content: Mapping[str, Any]) -> str:

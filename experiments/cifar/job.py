@@ -17,12 +17,13 @@ from rich.panel import Panel
 
 from eejax import benchmark, bundle, cost
 from eejax.evaluation import metrics
-from eejax.evaluation.routing import Routed
+from eejax.evaluation.routing import Routed, score
 from eejax.inference.compaction import compact
 from eejax.inference.executors import cond
 from eejax.inference.predictors import predictor
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies import POLICIES, Policy
+from eejax.runtime import HeldOut
 from eejax.trace import collect
 from eejax.training import REGIMES
 from experiments.cifar.config import Arguments, Config, InferenceConfig
@@ -139,6 +140,7 @@ def run(prepared: Prepared) -> dict[str, Any]:
         policy, thresholds = chosen.view.policy, np.asarray(chosen.row["thresholds"], np.float32)
         names = ("dataset", "seed", "command", "date", "versions")
         metadata = {name: environment[name] for name in names}
+        held_out = score(policy, choose)
         whole = bundle.Bundle(
             config.network.name,
             network_arguments(config.network, REGIMES[config.train.regime].link),
@@ -151,6 +153,7 @@ def run(prepared: Prepared) -> dict[str, Any]:
             thresholds,
             costs,
             metadata,
+            HeldOut(held_out.scores, held_out.predictions == choose.labels[:, None]),
         )
         bundle.save(whole, workdir / bundle.SUBDIRECTORY)
         with console.status("timing compiled inference"):

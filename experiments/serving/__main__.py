@@ -26,10 +26,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import eejax
 from eejax import bundle as bundles
 from eejax.bundle import Bundle
-from eejax.evaluation.routing import score
+from eejax.selection.lowering import lowered
 from experiments import command_line
 from experiments.checks import require, require_all
 from experiments.cifar.config import Config
@@ -39,7 +38,7 @@ from experiments.data.splits import Dataset
 from experiments.files import write_json
 from experiments.latency.arguments import check_parents
 from experiments.report.environment import describe
-from experiments.serving.contenders import NAMES, Contenders, path
+from experiments.serving.contenders import NAMES, Contenders
 from experiments.serving.load import offered
 
 
@@ -98,13 +97,9 @@ def _work(
     arguments: Arguments, bundle: Bundle, data: Dataset, argv: Sequence[str], console: Console
 ) -> int:
     environment = describe("experiments.serving", argv)
-    held_out = eejax.collect(
-        bundle.network, bundle.variables, data.choose.images, data.choose.labels
-    )
-    scored = score(bundle.policy, held_out)
-    levels = path(
-        scored, data.choose.labels, bundle.costs.fractions, bundle.thresholds, arguments.drop
-    )
+    if bundle.held_out is None:
+        raise OSError(f"{arguments.run} keeps no held-out scores; evaluate it anew: --resume.")
+    levels = lowered(bundle.held_out, bundle.costs.fractions, bundle.thresholds, arguments.drop)
     with tempfile.TemporaryDirectory() as scratch, console.status("measuring stages") as spinner:
         contenders = Contenders(bundle, levels, Path(scratch))
         console.print(

@@ -16,7 +16,6 @@ import numpy as np
 import eejax
 from eejax import runtime
 from eejax.bundle import Bundle
-from eejax.evaluation.routing import Scored, route
 from eejax.runtime.engine import Stage, session
 from eejax.serving import Answer, Level, Refusal, Scheduler, Service, StageTimes, measure
 from experiments.engines.contenders import plain_model
@@ -124,26 +123,3 @@ async def _batching(engine: Plain) -> AsyncIterator[Predict]:
             ended = True
             news.set()
             await task
-
-
-def path(
-    scored: Scored, labels: np.ndarray, cost: np.ndarray, thresholds: np.ndarray, drop: float
-) -> list[Level]:
-    """The bundle's thresholds, then those for ever smaller budgets, as long as no more than `drop`
-    of the whole network's accuracy is lost on these held-out samples."""
-    correct = scored.predictions == labels[:, None]
-    budget = float(cost[route(scored, thresholds).exits].mean())
-    levels, whole = [_level(scored, thresholds)], correct[:, -1].mean()
-    while (budget := budget - 0.02) > cost[0]:
-        choice = eejax.for_budget(scored.scores, correct, cost, budget)
-        routed = route(scored, choice.thresholds)
-        if (routed.logits.argmax(-1) == labels).mean() < whole - drop:
-            break
-        levels.append(_level(scored, choice.thresholds))
-    return levels
-
-
-def _level(scored: Scored, thresholds: np.ndarray) -> Level:
-    exits = route(scored, thresholds).exits
-    reached = np.array([(exits >= e).sum() for e in range(scored.scores.shape[1])])
-    return Level(np.asarray(thresholds), reached[1:] / np.maximum(reached[:-1], 1))
