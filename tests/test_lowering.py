@@ -36,7 +36,7 @@ def held_out():
 @pytest.fixture(scope="module")
 def bundle(held_out):
     small = small_bundle()
-    chosen = eejax.for_budget(*held_out, small.costs.fractions, 0.9)
+    chosen = eejax.for_budget(held_out.scores, held_out.correct, small.costs.fractions, 0.9)
     return dataclasses.replace(small, held_out=held_out, thresholds=chosen.thresholds)
 
 
@@ -47,7 +47,7 @@ def exported(bundle, tmp_path):
 
 
 def test_the_path_begins_with_the_chosen_thresholds_and_loses_no_more_than_it_may(held_out):
-    chosen = eejax.for_budget(*held_out, COST, 0.8).thresholds
+    chosen = eejax.for_budget(held_out.scores, held_out.correct, COST, 0.8).thresholds
     path = lowered(held_out, COST, chosen, 0.01)
     np.testing.assert_array_equal(path[0].thresholds, chosen)
     assert len(path) > 2
