@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command(_inspect, "inspect", "Say what is in an artifact.")
     inspect.add_argument("directory", metavar="DIR", help="an artifact")
     inspect.add_argument("--json", action="store_true", help="all of it")
+    # What they need is imported when they run.
+    from eejax.server import commands as server
+
+    server.add(command)
     return parser
 
 
@@ -275,3 +279,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         passed &= not other
         print(f"{layer}: {len(images)} recorded images, {other} other exits")
     return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

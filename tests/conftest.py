@@ -49,6 +49,7 @@ SHARED = {
     **dict.fromkeys(
         (
             "test_deadlines",
+            "test_drift",
             "test_generalisation",
             "test_job",
             "test_latency",

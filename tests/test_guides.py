@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 
-@pytest.mark.parametrize("page", ["train.md", "thresholds.md", "inference.md", "deploying.md"])
+@pytest.mark.parametrize(
+    "page", ["train.md", "thresholds.md", "inference.md", "deploying.md", "drift.md"]
+)
 def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, blocks = run_page(page)

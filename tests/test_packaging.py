@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py"}
+DISTRIBUTIONS |= {"grpc": "grpcio", "prometheus_client": "prometheus-client"}
 DISTRIBUTIONS |= {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets"}
 
 
@@ -47,6 +48,11 @@ def requirements(lines):
     return {re.split(r"[\[<>=; ]", line)[0] for line in lines}
 
 
+# What needs the extra `serving`; its commands are listed without it.
+SERVING = {
+    "server": {"fastapi", "grpcio", "kserve", "prometheus-client", "uvicorn"},
+    "tiers": {"zstandard"},
+}
 # What needs the extra `artifact`; the runtime needs nothing else but NumPy.
 ARTIFACT = {
     "artifact": {"flatbuffers"},
@@ -61,12 +67,13 @@ def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
     for path in (ROOT / "eejax").rglob("*.py"):
         part = path.relative_to(ROOT / "eejax").with_suffix("").parts[0]
         found.setdefault(part, set()).update(third_party_of(path))
-    for part, extra in ARTIFACT.items():
+    for part, extra in [*ARTIFACT.items(), *SERVING.items()]:
         assert extra <= found[part]
         found[part] -= extra
     assert found["runtime"] == {"numpy"}
     assert set().union(*found.values()) - {"jaxlib"} == requirements(PROJECT["dependencies"])
     assert set().union(*ARTIFACT.values()) == requirements(EXTRAS["artifact"])
+    assert {"eejax"}.union(*SERVING.values()) == requirements(EXTRAS["serving"])
 
 
 def test_the_experiments_import_what_the_package_and_their_extra_declare():
@@ -74,7 +81,7 @@ def test_the_experiments_import_what_the_package_and_their_extra_declare():
     # Contenders of one benchmark, which names them where they are missing.
     others = {"jaxlib", "torch", "earlyon"}
     assert third_party("experiments") | third_party("configs") <= declared | others
-    assert "eejax[artifact,docs,experiments]" in EXTRAS["dev"]
+    assert "eejax[artifact,docs,experiments,serving]" in EXTRAS["dev"]
 
 
 def test_the_package_imports_nothing_of_the_experiments():
@@ -86,8 +93,8 @@ def test_the_package_imports_nothing_of_the_experiments():
 # Floors of the package, the ground first, as docs/architecture.md lists them.
 FLOORS = (
     ("network", "exits", "compiling", "runtime", "serving"),
-    ("cost", "trace", "gates", "links", "backbone", "cascades", "checkpoint", "stablehlo"),
-    ("models", "policies", "benchmark"),
+    ("cost", "trace", "gates", "links", "backbone", "cascades", "checkpoint", "stablehlo", "tiers"),
+    ("models", "policies", "benchmark", "server"),
     ("adapters", "pretrained", "evaluation", "training"),
     ("selection", "inference"),
     ("bundle", "onnx"),

@@ -9,7 +9,7 @@ from onnx_models import reference, small_bundle, some_images
 
 import eejax
 from eejax import runtime
-from eejax.serving import Level, Refusal, Scheduler, Service, StageTimes, measure
+from eejax.serving import Level, Refusal, Scheduler, Service, StageTimes, measure, noise
 
 TILE, HOUR = 8, 3600.0
 
@@ -41,13 +41,13 @@ def table(seconds=1e-6):
 
 
 def test_many_requests_get_the_answers_of_the_reference(loaded):
-    times = measure(loaded, (12, 12, 3), 3, TILE, repeats=2)
+    times = measure(loaded, (noise((12, 12, 3), TILE),), 3, 2, repeats=2)
     assert (np.diff(times.table) >= 0).all()
     images = some_images(21, 100)
     expected = reference(small_bundle(), images, small_bundle().thresholds)
 
     async def use(service):
-        return await asyncio.gather(*(service.predict(image[None], HOUR) for image in images))
+        return await asyncio.gather(*(service.predict((image[None],), HOUR) for image in images))
 
     answers = served(loaded, times, use)
     assert [a.exit for a in answers] == expected.exits.tolist()
@@ -61,7 +61,7 @@ def test_a_bad_image_fails_alone(loaded):
     images[5] = images[5][:, :6]
 
     async def use(service):
-        calls = (service.predict(image, HOUR) for image in images)
+        calls = (service.predict((image,), HOUR) for image in images)
         return await asyncio.gather(*calls, return_exceptions=True)
 
     answers = served(loaded, table(), use)
@@ -87,16 +87,16 @@ def test_places_are_few_and_a_caller_that_leaves_frees_its_own(loaded):
     image = some_images(23, 1)
 
     async def use(service):
-        first = asyncio.create_task(service.predict(image, HOUR))
-        second = asyncio.create_task(service.predict(image, HOUR))
+        first = asyncio.create_task(service.predict((image,), HOUR))
+        second = asyncio.create_task(service.predict((image,), HOUR))
         await asyncio.sleep(0)
         with pytest.raises(Refusal, match="2 samples are under way") as refused:
-            await service.predict(image, HOUR)
+            await service.predict((image,), HOUR)
         assert refused.value.reason == "full"
         second.cancel()
         with pytest.raises(asyncio.CancelledError):
             await second
-        third = asyncio.create_task(service.predict(image, HOUR))
+        third = asyncio.create_task(service.predict((image,), HOUR))
         await asyncio.sleep(0)
         engine.let.set()
         return [(await task).exit for task in (first, third)]
@@ -116,7 +116,7 @@ def test_whoever_has_an_answer_gets_it_at_the_deadline_while_a_stage_runs(loaded
 
     async def use(service):
         # Two seconds are long for a first stage; the second is held until the answer is there.
-        answer = await service.predict(some_images(24, 1), 2.0)
+        answer = await service.predict((some_images(24, 1),), 2.0)
         engine.let.set()
         return answer
 
@@ -128,7 +128,7 @@ def test_whoever_has_an_answer_gets_it_at_the_deadline_while_a_stage_runs(loaded
 def test_without_time_for_a_first_exit_a_request_is_refused_at_once(loaded):
     async def use(service):
         with pytest.raises(Refusal) as refused:
-            await service.predict(some_images(25, 1), 0.5)
+            await service.predict((some_images(25, 1),), 0.5)
         return refused.value.reason
 
     assert served(loaded, table(seconds=1.0), use) == "late"
@@ -139,12 +139,12 @@ def test_what_is_under_way_at_the_end_is_answered_and_nothing_more_is_taken(load
         scheduler = Scheduler([Level(np.full(2, np.inf), np.ones(2))], table(), tile=TILE)
         async with Service(loaded, scheduler, table()) as service:
             tasks = [
-                asyncio.create_task(service.predict(image[None], HOUR))
+                asyncio.create_task(service.predict((image[None],), HOUR))
                 for image in some_images(26, 20)
             ]
             await asyncio.sleep(0)
         with pytest.raises(Refusal, match="ending"):
-            await service.predict(some_images(26, 1), HOUR)
+            await service.predict((some_images(26, 1),), HOUR)
         return [task.result().exit for task in tasks]
 
     assert asyncio.run(run()) == [2] * 20
@@ -163,8 +163,8 @@ def test_an_engine_that_breaks_ends_no_one_elses_request(loaded):
     async def use(service):
         image = some_images(27, 1)
         with pytest.raises(Refusal, match="broken"):
-            await service.predict(image, HOUR)
-        return (await service.predict(image, HOUR)).partial
+            await service.predict((image,), HOUR)
+        return (await service.predict((image,), HOUR)).partial
 
     assert served(Broken(), table(), use) is False
 
@@ -181,7 +181,7 @@ def test_results_that_are_none_fail_their_requests_and_nothing_else(loaded):
         reasons = []
         for _ in range(2):
             with pytest.raises(Refusal) as refused:
-                await asyncio.wait_for(service.predict(some_images(28, 1), HOUR), 60)
+                await asyncio.wait_for(service.predict((some_images(28, 1),), HOUR), 60)
             reasons.append(refused.value.reason)
         return reasons
 
@@ -195,7 +195,7 @@ def test_nobody_waits_for_a_service_that_broke(loaded):
         reasons = []
         for _ in range(2):
             with pytest.raises(Refusal) as refused:
-                await asyncio.wait_for(service.predict(some_images(28, 1), HOUR), 60)
+                await asyncio.wait_for(service.predict((some_images(28, 1),), HOUR), 60)
             reasons.append(refused.value.reason)
         assert reasons == ["closed", "closed"]
 

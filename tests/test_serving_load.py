@@ -35,8 +35,8 @@ def test_requests_come_when_they_come_and_all_is_counted():
     """Every fourth request is refused, every fourth answered late; nobody waits for another."""
     seen = []
 
-    async def predict(image, seconds):
-        number = int(image[0, 0, 0, 0])
+    async def predict(arrays, seconds):
+        number = int(arrays[0][0, 0, 0, 0])
         seen.append((number, seconds))
         if number % 4 == 0:
             raise Refusal("full", "full")

@@ -1,8 +1,22 @@
 """Serving under load and deadlines."""
 
-from eejax.serving.path import levels
+from eejax.serving.drift import Drift
+from eejax.serving.path import levels, watched, whole
 from eejax.serving.scheduler import Answer, Level, Refusal, Scheduler
 from eejax.serving.service import Service
-from eejax.serving.times import StageTimes, measure
+from eejax.serving.times import StageTimes, measure, noise
 
-__all__ = ["Answer", "Level", "Refusal", "Scheduler", "Service", "StageTimes", "levels", "measure"]
+__all__ = [
+    "Answer",
+    "Drift",
+    "Level",
+    "Refusal",
+    "Scheduler",
+    "Service",
+    "StageTimes",
+    "levels",
+    "measure",
+    "noise",
+    "watched",
+    "whole",
+]

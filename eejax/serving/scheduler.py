@@ -37,7 +37,8 @@ class Level(NamedTuple):
 
     Attributes:
       thresholds: `[E - 1]`.
-      goes_on: `[E - 1]`, the share of the samples at each exit that goes on, on held-out data.
+      goes_on: `[S - 1]`, the share of the samples at each of the S exits that goes on, on held-out
+        data; S is E, unless the last stages run elsewhere.
     """
 
     thresholds: np.ndarray
@@ -50,14 +51,16 @@ class Answer(NamedTuple):
     Attributes:
       logits: `[C]`, the policy's.
       exit: 0-based.
-      partial: whether it would have gone on, if there had been time.
+      partial: whether it would have gone on, if there had been time, or further stages here.
       level: at which its exit was decided; 0 for the thresholds that were chosen.
+      arrays: what the next stage reads, each `[1, ...]`, if that is not one of the S; else empty.
     """
 
     logits: np.ndarray
     exit: int
     partial: bool
     level: int
+    arrays: tuple[np.ndarray, ...] = ()
 
 
 class Refusal(Exception):
@@ -84,6 +87,7 @@ class Sample:
       stage: the next one.
       best: of the last exit that it reached.
       waits: whether it waits before its stage, and not in the tile that runs.
+      chosen: whether the chosen thresholds alone have decided so far.
       alone: whether it has to run by itself, because a tile with it failed.
       open: whether it is still to be told.
     """
@@ -95,6 +99,7 @@ class Sample:
     stage: int = 0
     best: Answer | None = None
     waits: bool = False
+    chosen: bool = True
     alone: bool = False
     open: bool = True
 
@@ -139,7 +144,8 @@ class Scheduler:
       tile: samples that run together, at most.
       capacity: samples under way, at most.
       levels: the path, from the chosen thresholds on.
-      seconds: `[E, tile + 1]` at any time, what each stage takes for 0, 1, ... samples.
+      seconds: `[S, tile + 1]` at any time, what each stage takes for 0, 1, ... samples.
+      decided: called for every decision by the chosen thresholds.
       now_running: the tile that runs, if one does.
     """
 
@@ -150,39 +156,52 @@ class Scheduler:
         *,
         tile: int = 64,
         capacity: int = 1024,
+        decided: Callable[[int, bool], None] = lambda stage, goes_on: None,
     ) -> None:
         """Without samples.
 
         Args:
           levels: at least one; the samples that go on are never more at a later level.
-          seconds: called for `[E, tile + 1]`, what each stage takes for 0, 1, ... samples; no less
+          seconds: called for `[S, tile + 1]`, what each stage takes for 0, 1, ... samples; no less
             for more.
           tile: samples that run together, at most.
           capacity: samples under way, at most.
+          decided: called with the stage, and whether the sample goes on, for every sample that the
+            chosen thresholds alone have decided so far: what a drift monitor watches.
 
         Raises:
           ValueError: if there is no level, their lengths differ, or a number is less than 1.
         """
-        lengths = {len(array) for level in levels for array in level}
-        if len(lengths) != 1:
-            raise ValueError(f"levels of {sorted(lengths)} exits; give one level or more, alike.")
         if min(tile, capacity) < 1:
             raise ValueError(f"tiles of {tile}, a capacity of {capacity}; give at least 1 each.")
         self.tile, self.capacity = tile, capacity
-        self.levels = tuple(
-            Level(np.asarray(level.thresholds, np.float32), np.asarray(level.goes_on))
-            for level in levels
-        )
-        self.seconds = seconds
+        self.follow(levels)
+        self.seconds, self.decided = seconds, decided
         self.now_running: Work | None = None
-        exits = lengths.pop() + 1
-        self._waiting: list[list[tuple[float, int, Sample]]] = [[] for _ in range(exits)]
-        # [L, E, E]: of samples that enter stage e, the share that enters stage k.
-        self._reach = np.stack([_reach(level.goes_on) for level in self.levels])
+        stages = len(self.levels[0].goes_on) + 1
+        self._waiting: list[list[tuple[float, int, Sample]]] = [[] for _ in range(stages)]
         self._free_at = 0.0
         self._numbers = itertools.count()
         self._arrivals: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._under_way = 0
+
+    def follow(self, levels: Sequence[Level]) -> None:
+        """Replaces the path for what runs from now on.
+
+        Args:
+          levels: as for a new scheduler.
+        """
+        lengths = {tuple(map(len, level)) for level in levels}
+        if len(lengths) != 1 or any(shares > thresholds for thresholds, shares in lengths):
+            raise ValueError(
+                f"levels of {sorted(lengths)} thresholds and shares; give one level or more, alike."
+            )
+        self.levels = tuple(
+            Level(np.asarray(level.thresholds, np.float32), np.asarray(level.goes_on))
+            for level in levels
+        )
+        # [L, S, S]: of samples that enter stage e, the share that enters stage k.
+        self._reach = np.stack([_reach(level.goes_on) for level in self.levels])
 
     @property
     def under_way(self) -> int:
@@ -267,14 +286,20 @@ class Scheduler:
         for i, sample in enumerate(work.samples):
             if not sample.open:
                 continue
-            leaves = last or bool(result.leaves[i])
+            leaves = bool(result.leaves[i])
             answer = Answer(result.logits[i], work.stage, not leaves, work.level)
+            sample.chosen &= work.level == 0
+            if sample.chosen:
+                self.decided(work.stage, not leaves)
             if leaves or sample.due <= now:
                 self._tell(sample, answer)
                 continue
-            sample.best, sample.stage = answer, work.stage + 1
             # A copy, so that the others of the tile are free when they are done.
             sample.arrays = tuple(array[i : i + 1].copy() for array in result.arrays)
+            if last:
+                self._tell(sample, answer._replace(arrays=sample.arrays))
+                continue
+            sample.best, sample.stage = answer, work.stage + 1
             self._push(sample)
 
     def failed(self, words: str) -> None:
@@ -355,7 +380,7 @@ class Scheduler:
         waiting = sorted((due, e) for e, queue in enumerate(self._waiting) for due, *_ in queue)
         dues, stages = np.array(waiting).reshape(-1, 2).T
         size = min(max(len(dues), 1), self.tile)
-        each = self._reach @ (seconds[:, size] / size)  # [L, E]
+        each = self._reach @ (seconds[:, size] / size)  # [L, S]
         ends = now + np.cumsum(each[:, stages.astype(int)], axis=1)
         enough = (ends <= dues).all(axis=1)
         if len(self._arrivals) == RECENT and now > self._arrivals[0]:
@@ -392,9 +417,9 @@ def _largest(seconds: np.ndarray, until: float) -> int:
 
 
 def _reach(goes_on: np.ndarray) -> np.ndarray:
-    """`[E, E]`: of the samples that enter stage e, the share that enters stage k >= e."""
-    exits = len(goes_on) + 1
-    share = np.zeros((exits, exits))
-    for e in range(exits):
+    """`[S, S]`: of the samples that enter stage e, the share that enters stage k >= e."""
+    stages = len(goes_on) + 1
+    share = np.zeros((stages, stages))
+    for e in range(stages):
         share[e, e:] = np.cumprod([1.0, *goes_on[e:]])
     return share

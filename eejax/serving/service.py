@@ -52,18 +52,18 @@ class Service:
         finally:
             self._thread.shutdown()
 
-    async def predict(self, image: np.ndarray, seconds: float) -> Answer:
-        """The answer to one image, until its deadline.
+    async def predict(self, arrays: tuple[np.ndarray, ...], seconds: float) -> Answer:
+        """The answer to one sample, until its deadline.
 
         If the caller is cancelled, its place is free at once.
 
         Args:
-          image: as the first stage reads it, `[1, height, width, channels]`.
+          arrays: what the first stage reads, each `[1, ...]`; for images, one array.
           seconds: from now.
 
         Raises:
-          Refusal: at once, if there is no place or no time; if the image cannot be processed; if
-            the service ends.
+          Refusal: at once, if there is no place or no time; if the sample cannot be processed;
+            if the service ends.
         """
         if self._closed:
             raise Refusal("closed", "the service is ending.")
@@ -78,7 +78,7 @@ class Service:
                 told.set_result(answer)
 
         now = time.monotonic()
-        sample = self.scheduler.accept((image,), now + seconds - RESERVE, tell, now)
+        sample = self.scheduler.accept(arrays, now + seconds - RESERVE, tell, now)
         self._news.set()
         try:
             return await told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class StageTimes:
     are the 0.9 quantile, so that a promise made by them is mostly kept.
 
     Attributes:
-      table: `[E, tile + 1]`, for 0, 1, ... samples.
+      table: `[S, tile + 1]`, for 0, 1, ... samples.
     """
 
     def __init__(self, table: np.ndarray) -> None:
@@ -38,37 +38,42 @@ class StageTimes:
         self._ratios: list[collections.deque[float]] = [
             collections.deque([1.0] * RECENT, RECENT) for _ in table
         ]
-        self._factors = np.ones(len(table))
+        self._seconds = self.table.copy()
 
     def __call__(self) -> np.ndarray:
-        """`[E, tile + 1]` seconds, as things are now."""
-        return self.table * self._factors[:, None]
+        """`[S, tile + 1]` seconds, as things are now."""
+        return self._seconds
 
     def note(self, stage: int, samples: int, seconds: float) -> None:
         """Takes in what a stage took."""
         ratios = self._ratios[stage]
         ratios.append(seconds / self.table[stage, samples])
-        self._factors[stage] = np.quantile(ratios, QUANTILE)
+        # As np.quantile by its definition, which takes ten times as long.
+        self._seconds[stage] = self.table[stage] * sorted(ratios)[int(QUANTILE * (RECENT - 1))]
 
 
 def measure(
-    engine: Engine, image: tuple[int, ...], exits: int, tile: int, repeats: int = 15
+    engine: Engine,
+    arrays: Sequence[np.ndarray],
+    stages: int,
+    thresholds: int,
+    *,
+    repeats: int = 15,
 ) -> StageTimes:
     """Runs every stage on 1, 2, 4, ... samples and a whole tile.
 
     Args:
       engine: to measure.
-      image: the shape of one uint8 image.
-      exits: E.
-      tile: samples at most.
+      arrays: what the first stage reads, each `[tile, ...]`: random images, if it reads images.
+      stages: S.
+      thresholds: E - 1, how many the engine takes.
       repeats: times for each size.
     """
-    never = np.full(exits - 1, np.inf, np.float32)
+    never = np.full(thresholds, np.inf, np.float32)
+    tile = len(arrays[0])
     sizes = sorted({*(1 << i for i in range(tile.bit_length())), tile})
-    seconds = np.zeros((exits, len(sizes)))
-    images = np.random.default_rng(0).integers(0, 256, (tile, *image), np.uint8)
-    arrays: Any = (images,)
-    for e in range(exits):
+    seconds = np.zeros((stages, len(sizes)))
+    for e in range(stages):
         after = engine.run_stage(e, arrays, never).arrays
         for i, size in enumerate(sizes):
             part = tuple(array[:size] for array in arrays)
@@ -82,3 +87,8 @@ def measure(
         arrays = after
     at = np.arange(tile + 1)
     return StageTimes(np.stack([np.interp(at, [0, *sizes], [0.0, *row]) for row in seconds]))
+
+
+def noise(image: Sequence[int], tile: int) -> np.ndarray:
+    """Random uint8 images `[tile, *image]`."""
+    return np.random.default_rng(0).integers(0, 256, (tile, *image), np.uint8)

@@ -17,14 +17,14 @@ import eejax
 from eejax import runtime
 from eejax.bundle import Bundle
 from eejax.runtime.engine import Stage, session
-from eejax.serving import Answer, Level, Refusal, Scheduler, Service, StageTimes, measure
+from eejax.serving import Answer, Level, Refusal, Scheduler, Service, StageTimes, measure, noise
 from experiments.engines.contenders import plain_model
 
 TILE, CAPACITY = 64, 4096
 WAIT = 0.005  # seconds for which the dynamic batcher waits for others
 
-# Answers one image by a deadline in so many seconds.
-Predict = Callable[[np.ndarray, float], Any]
+# Answers one image, `([1, ...],)`, by a deadline in so many seconds.
+Predict = Callable[[tuple[np.ndarray, ...], float], Any]
 
 
 class Plain:
@@ -52,10 +52,10 @@ class Contenders:
         self.path = path
         self._early = runtime.load(place / "artifact")
         self._plain = Plain(bundle, self._early.threads)
-        image = bundle.image
+        images, exits = (noise(bundle.image, TILE),), bundle.network.num_exits
         self._tables = {
-            "early": measure(self._early, image, bundle.network.num_exits, TILE).table,
-            "plain": measure(self._plain, image, 1, TILE).table,
+            "early": measure(self._early, images, exits, exits - 1).table,
+            "plain": measure(self._plain, images, 1, 0).table,
         }
         self.capacity = TILE / self._tables["plain"][0, -1]
 
@@ -90,12 +90,12 @@ async def _batching(engine: Plain) -> AsyncIterator[Predict]:
     news = asyncio.Event()
     ended = False
 
-    async def predict(image: np.ndarray, seconds: float) -> Answer:
+    async def predict(arrays: tuple[np.ndarray, ...], seconds: float) -> Answer:
         del seconds
         if len(waiting) >= CAPACITY:
             raise Refusal("full", "the queue is full")
         told = loop.create_future()
-        waiting.append((time.monotonic(), image, told))
+        waiting.append((time.monotonic(), arrays[0], told))
         news.set()
         return await told
 

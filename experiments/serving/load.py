@@ -40,7 +40,7 @@ async def offered(
         assert answers[i] is None
         due = begin + arrivals[i]
         try:
-            answers[i] = await predict(images[i : i + 1], due + deadline - time.monotonic())
+            answers[i] = await predict((images[i : i + 1],), due + deadline - time.monotonic())
         except Refusal as refusal:
             answers[i] = refusal
         latency[i] = time.monotonic() - due

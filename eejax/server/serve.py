@@ -1,0 +1,269 @@
+"""A server, from an artifact to the end of its process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import resource
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import uvicorn
+from kserve.errors import InvalidInput
+from kserve.model_repository import ModelRepository
+from kserve.protocol.dataplane import DataPlane
+
+import eejax
+from eejax import runtime
+from eejax.server import rest, rpc
+from eejax.server.messages import Reader
+from eejax.server.metrics import Metrics, logger
+from eejax.server.model import EarlyExits
+from eejax.server.security import Limits, Tls, Tokens
+from eejax.server.upstream import Link, NextTier, Said
+from eejax.serving import (
+    Drift,
+    Level,
+    Scheduler,
+    Service,
+    levels,
+    measure,
+    noise,
+    watched,
+    whole,
+)
+from eejax.tiers import Stages, Tier
+from eejax.tiers.codec import CODECS, layouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Of a server.
+
+    Attributes:
+      artifact: its directory.
+      limits: of clients.
+      name: of the model, in requests.
+      host: to listen at.
+      rest, grpc: ports; 0 for any that is free; None to listen at none.
+      stages: the first, and the one after the last; None for all.
+      link: to the next tier; None for none.
+      codecs: for features that come in.
+      tile: samples that run together, at most.
+      threads: of ONNX Runtime; None for one for each core.
+      delta: probability of a false alarm of drift, ever; 0 to watch for none.
+      tls: certificates; None for none.
+      tokens: that clients need; None for none.
+    """
+
+    artifact: Path
+    limits: Limits
+    name: str = "model"
+    host: str = "127.0.0.1"
+    rest: int | None = 8080
+    grpc: int | None = 8081
+    stages: tuple[int, int] | None = None
+    link: Link | None = None
+    codecs: tuple[str, ...] = CODECS
+    tile: int = 64
+    threads: int | None = None
+    delta: float = 0.01
+    tls: Tls | None = None
+    tokens: Tokens | None = None
+
+
+class Ports(NamedTuple):
+    """Where a server listens: numbers, or None."""
+
+    rest: int | None
+    grpc: int | None
+
+
+class _Plane(DataPlane):
+    """The protocol's implementation, with this server's own name and readiness."""
+
+    def __init__(self, model: EarlyExits, said: Said) -> None:
+        models = ModelRepository()
+        models.update(model)
+        super().__init__(models)
+        self._model, self._said = model, said
+
+    def metadata(self) -> dict[str, Any]:
+        """As the protocol has it."""
+        version = eejax.__version__
+        return {"name": "eejax", "version": version, "extensions": self._said.extensions()}
+
+    async def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._model.ready
+
+    def decode(self, body: Any, headers: Any, *args: Any, **kwargs: Any) -> Any:
+        """A request, or `InvalidInput` whatever is wrong with it."""
+        try:
+            return super().decode(body, headers, *args, **kwargs)
+        except InvalidInput:
+            raise
+        except Exception as error:
+            raise InvalidInput("this is no inference request.") from error
+
+
+@contextlib.asynccontextmanager
+async def serving(options: Options) -> AsyncIterator[tuple[Ports, Tier]]:
+    """A server at work. At the end of the block it takes no more requests and finishes those that
+    are under way, for `limits.draining` seconds at most.
+
+    Raises:
+      ValueError: if the artifact cannot be read, or has no such stages.
+      OSError: if it cannot listen.
+    """
+    log = logger()
+    artifact = runtime.load(options.artifact, options.threads)
+    manifest = artifact.manifest
+    exits = manifest.num_exits
+    first, end = options.stages or (0, exits)
+    if not 0 <= first < end <= exits:
+        raise ValueError(f"stages {first}:{end}; give some of 0:{exits}.")
+    if (options.link is None) != (end == exits):
+        raise ValueError(
+            f"stages {first}:{end} of {exits} {'without' if end < exits else 'with'} a next tier; "
+            "the last stages run in the last tier."
+        )
+    stages = Stages(artifact, first, end - first)
+    layout = layouts(artifact)[first]
+    log.info("measuring", extra={"fields": {"artifact": str(options.artifact)}})
+    arrays: tuple[np.ndarray, ...] = (noise(manifest.image, options.tile),)
+    for e in range(first):
+        arrays = artifact.run_stage(e, arrays, np.full(exits - 1, np.inf, np.float32)).arrays
+    times = await asyncio.to_thread(measure, stages, arrays, stages.count, exits - 1)
+    limits = options.limits
+    path = stages.here(levels(manifest))
+    core = Scheduler(path, times, tile=options.tile, capacity=limits.requests)
+    metrics = Metrics(core)
+    async with contextlib.AsyncExitStack() as stack:
+        upstream = None
+        if options.link is not None:
+            upstream = NextTier(options.link, manifest, end, limits.message)
+            stack.push_async_callback(upstream.close)
+        service = await stack.enter_async_context(Service(stages, core, times))
+        tier = Tier(stages, service, upstream)
+        reader = Reader(manifest, first, layout, limits.batch, limits.seconds)
+        model = EarlyExits(options.name, tier, manifest, reader, metrics)
+        # Later tiers do not know by which thresholds a sample came to them.
+        drift = watched(manifest, options.delta) if first == 0 and options.delta else None
+        if drift is not None:
+            core.decided = _noted(drift, model, metrics, core, stages.here(whole(exits)))
+        plane = _Plane(model, Said(manifest.sha256, first, options.codecs))
+        ports = await _listen(stack, options, plane, model, metrics)
+        model.ready = True
+        fields = {"host": options.host, **ports._asdict(), "stages": f"{first}:{end}"}
+        log.info("serving", extra={"fields": fields})
+        try:
+            yield ports, tier
+        finally:
+            model.ready = False
+            log.info("draining", extra={"fields": {"under_way": core.under_way}})
+    log.info("stopped")
+
+
+def _noted(
+    drift: Drift, model: EarlyExits, metrics: Metrics, scheduler: Scheduler, path: list[Level]
+) -> Callable[[int, bool], None]:
+    """What notes decisions by the chosen thresholds, and on an alarm sends all samples on."""
+    decisions = model.exits - 1
+
+    def noted(exit: int, goes_on: bool) -> None:
+        if drift.alarm or exit >= decisions:
+            return
+        drift.note(exit, goes_on)
+        if drift.alarm:
+            # The thresholds and their certificate are those of other data.
+            metrics.drift.set(1)
+            model.certified = False
+            scheduler.follow(path)
+            logger().error("drift", extra={"fields": {"alarm": drift.alarm}})
+
+    return noted
+
+
+async def _listen(
+    stack: contextlib.AsyncExitStack,
+    options: Options,
+    plane: _Plane,
+    model: EarlyExits,
+    metrics: Metrics,
+) -> Ports:
+    """Opens the ports; the stack closes them."""
+    limits, tls, tokens = options.limits, options.tls, options.tokens
+    rest_port = grpc_port = None
+    if options.rest is not None:
+        place = _socket(options.host, options.rest)
+        rest_port = place.getsockname()[1]
+        web = rest.listener(rest.application(plane, metrics, limits, tokens), limits, tls)
+        task = asyncio.create_task(web.serve(sockets=[place]))
+        stack.push_async_callback(_ended, web, task)
+        while not (web.started or task.done()):
+            await asyncio.sleep(0.01)
+    if options.grpc is not None:
+        servicer = rpc.Servicer(plane, model, metrics)
+        server = rpc.listener(servicer, limits, tokens, metrics)
+        address = f"[{options.host}]" if ":" in options.host else options.host
+        address += f":{options.grpc}"
+        try:
+            if tls is None:
+                grpc_port = server.add_insecure_port(address)
+            else:
+                grpc_port = server.add_secure_port(address, tls.server())
+        except RuntimeError as error:
+            raise OSError(f"cannot listen at {address}: {error}") from error
+        await server.start()
+        stack.push_async_callback(server.stop, limits.draining)
+    return Ports(rest_port, grpc_port)
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol by name: only then asyncio switches Nagle's algorithm off, which would hold
+    # the end of every response for 40 ms.
+    place = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind((host, port))
+        place.listen(2048)
+    except OSError:
+        place.close()
+        raise
+    return place
+
+
+async def _ended(web: uvicorn.Server, task: asyncio.Task[None]) -> None:
+    web.should_exit = True
+    await task
+
+
+async def serve(options: Options) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what is under way; a second signal ends it."""
+    # The engine's thread waits for the loop's thread that long after each stage.
+    sys.setswitchinterval(1e-4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    async with serving(options):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _signalled, stop, number)
+        await stop.wait()
+
+
+def _signalled(stop: asyncio.Event, number: int) -> None:
+    if stop.is_set():
+        # As if nothing had handled it.
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    stop.set()
