@@ -91,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("directory", metavar="DIR", help="an artifact")
     inspect.add_argument("--json", action="store_true", help="all of it")
     # What they need is imported when they run.
+    from eejax.planning import commands as planning
     from eejax.server import commands as server
 
     server.add(command)
+    planning.add(command)
     return parser
 
 

@@ -47,7 +47,7 @@ class Reply:
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self.status, self.headers = response.status, dict(response.getheaders())
         self.text = response.read().decode()
-        self.content = json.loads(self.text) if self.text[:1] == "{" else None
+        self.content: Any = json.loads(self.text) if self.text[:1] == "{" else None
 
 
 async def ask(port: int, path: str, body: Any = None, **headers: str) -> Reply:

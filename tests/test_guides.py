@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 
 
 @pytest.mark.parametrize(
-    "page", ["train.md", "thresholds.md", "inference.md", "deploying.md", "drift.md"]
+    "page", ["train.md", "thresholds.md", "inference.md", "deploying.md", "drift.md", "planning.md"]
 )
 def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

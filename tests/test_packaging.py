@@ -17,7 +17,7 @@ import eejax
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py", "yaml": "pyyaml"}
 DISTRIBUTIONS |= {"grpc": "grpcio", "prometheus_client": "prometheus-client"}
 DISTRIBUTIONS |= {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets"}
 
@@ -71,6 +71,9 @@ def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
         assert extra <= found[part]
         found[part] -= extra
     assert found["runtime"] == {"numpy"}
+    # Matplotlib is named where it is missing.
+    found["planning"] -= {"pyyaml", "matplotlib"}
+    assert requirements(EXTRAS["planning"]) == {"eejax", "pyyaml"}
     assert set().union(*found.values()) - {"jaxlib"} == requirements(PROJECT["dependencies"])
     assert set().union(*ARTIFACT.values()) == requirements(EXTRAS["artifact"])
     assert {"eejax"}.union(*SERVING.values()) == requirements(EXTRAS["serving"])
@@ -97,7 +100,7 @@ FLOORS = (
     ("models", "policies", "benchmark", "server"),
     ("adapters", "pretrained", "evaluation", "training"),
     ("selection", "inference"),
-    ("bundle", "onnx"),
+    ("bundle", "onnx", "planning"),
     ("artifact",),
     ("commands",),
 )

@@ -392,7 +392,8 @@ def test_a_thousand_malformed_requests(place):
 def test_ten_thousand_connections_that_say_nothing(place):
     """As many as this machine lets a process have; in between, others are served."""
     most = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     command = [sys.executable, "-m", "eejax.commands", "serve", str(place)]
     command += ["--rest-port", "0", "--grpc-port", "0", "--threads", "1"]
     process, said = started(command)

@@ -161,11 +161,13 @@ def response(
         "tiers": [answer.tier for answer in told],
         "certified": [certified and not (answer.partial or answer.level) for answer in told],
     }
+    # Its class declares a method of this name, too.
+    binary: Any = request.from_grpc
     tensors = []
     for name, (kind, dtype) in _OUTPUTS.items():
         array = np.asarray(rows[name], dtype)
         tensor = InferOutput(name, list(array.shape), kind)
-        tensor.set_data_from_numpy(array, binary_data=request.from_grpc)
+        tensor.set_data_from_numpy(array, binary_data=binary)
         tensors.append(tensor)
     parameters = {"artifact": artifact}
     if reasons := sorted({answer.fallback for answer in told if answer.fallback}):
@@ -178,7 +180,7 @@ def response(
         model_name=request.model_name,
         infer_outputs=[t for t in tensors if not wanted or t.name in wanted],
         parameters=parameters,
-        from_grpc=request.from_grpc,
+        from_grpc=binary,
         use_binary_outputs=request.use_binary_outputs,
         requested_outputs=request.request_outputs,
     )
@@ -190,9 +192,10 @@ def _array(tensor: InferInput) -> np.ndarray:
     try:
         if min(tensor.shape, default=0) < 0:
             raise ValueError
-        if tensor.data is None or not len(tensor.data):
+        data: Any = tensor.data
+        if data is None or not len(data):
             return tensor.as_numpy()
-        numbers = np.asarray(tensor.data).reshape(tensor.shape)
+        numbers = np.asarray(data).reshape(tensor.shape)
         # A cast would take 1.5 and 257 for numbers of pixels, too.
         if numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() > 255:
             raise ValueError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from grpc import StatusCode
@@ -69,12 +69,12 @@ class Servicer(InferenceServicer):
             logger().exception("a request failed")
             await context.abort(StatusCode.INTERNAL, "internal error.")
 
-    async def RepositoryModelLoad(self, request: Any, context: Any) -> NoReturn:
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> None:
         """Not from outside."""
         del request
         await context.abort(StatusCode.UNIMPLEMENTED, "models are not loaded from outside.")
 
-    async def RepositoryModelUnload(self, request: Any, context: Any) -> NoReturn:
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> None:
         """Not from outside."""
         del request
         await context.abort(StatusCode.UNIMPLEMENTED, "models are not unloaded from outside.")
@@ -94,7 +94,7 @@ class _Authentication(grpc.aio.ServerInterceptor):
             return await continuation(handler_call_details)
         self._metrics.refused("unauthenticated")
 
-        async def refuse(request: Any, context: Any) -> NoReturn:
+        async def refuse(request: Any, context: Any) -> None:
             del request
             await context.abort(StatusCode.UNAUTHENTICATED, "a bearer token is needed.")
 

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import uvicorn
 from kserve.errors import InvalidInput
 from kserve.model_repository import ModelRepository
@@ -27,19 +26,10 @@ from eejax.server.metrics import Metrics, logger
 from eejax.server.model import EarlyExits
 from eejax.server.security import Limits, Tls, Tokens
 from eejax.server.upstream import Link, NextTier, Said
-from eejax.serving import (
-    Drift,
-    Level,
-    Scheduler,
-    Service,
-    levels,
-    measure,
-    noise,
-    watched,
-    whole,
-)
-from eejax.tiers import Stages, Tier
+from eejax.serving import Drift, Level, Scheduler, watched, whole
+from eejax.tiers import Tier
 from eejax.tiers.codec import CODECS, layouts
+from eejax.tiers.prepare import prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +41,7 @@ class Options:
       limits: of clients.
       name: of the model, in requests.
       host: to listen at.
-      rest, grpc: ports; 0 for any that is free; None to listen at none.
+      rest, grpc: ports; 0 for any that is free.
       stages: the first, and the one after the last; None for all.
       link: to the next tier; None for none.
       codecs: for features that come in.
@@ -66,8 +56,8 @@ class Options:
     limits: Limits
     name: str = "model"
     host: str = "127.0.0.1"
-    rest: int | None = 8080
-    grpc: int | None = 8081
+    rest: int = 8080
+    grpc: int = 8081
     stages: tuple[int, int] | None = None
     link: Link | None = None
     codecs: tuple[str, ...] = CODECS
@@ -79,10 +69,10 @@ class Options:
 
 
 class Ports(NamedTuple):
-    """Where a server listens: numbers, or None."""
+    """Where a server listens."""
 
-    rest: int | None
-    grpc: int | None
+    rest: int
+    grpc: int
 
 
 class _Plane(DataPlane):
@@ -134,23 +124,18 @@ async def serving(options: Options) -> AsyncIterator[tuple[Ports, Tier]]:
             f"stages {first}:{end} of {exits} {'without' if end < exits else 'with'} a next tier; "
             "the last stages run in the last tier."
         )
-    stages = Stages(artifact, first, end - first)
-    layout = layouts(artifact)[first]
-    log.info("measuring", extra={"fields": {"artifact": str(options.artifact)}})
-    arrays: tuple[np.ndarray, ...] = (noise(manifest.image, options.tile),)
-    for e in range(first):
-        arrays = artifact.run_stage(e, arrays, np.full(exits - 1, np.inf, np.float32)).arrays
-    times = await asyncio.to_thread(measure, stages, arrays, stages.count, exits - 1)
     limits = options.limits
-    path = stages.here(levels(manifest))
-    core = Scheduler(path, times, tile=options.tile, capacity=limits.requests)
+    log.info("measuring", extra={"fields": {"artifact": str(options.artifact)}})
+    sizes = (options.tile, limits.requests)
+    stages, service = await asyncio.to_thread(prepare, artifact, first, end, *sizes)
+    layout, core = layouts(artifact)[first], service.scheduler
     metrics = Metrics(core)
     async with contextlib.AsyncExitStack() as stack:
         upstream = None
         if options.link is not None:
             upstream = NextTier(options.link, manifest, end, limits.message)
             stack.push_async_callback(upstream.close)
-        service = await stack.enter_async_context(Service(stages, core, times))
+        await stack.enter_async_context(service)
         tier = Tier(stages, service, upstream)
         reader = Reader(manifest, first, layout, limits.batch, limits.seconds)
         model = EarlyExits(options.name, tier, manifest, reader, metrics)
@@ -200,30 +185,25 @@ async def _listen(
 ) -> Ports:
     """Opens the ports; the stack closes them."""
     limits, tls, tokens = options.limits, options.tls, options.tokens
-    rest_port = grpc_port = None
-    if options.rest is not None:
-        place = _socket(options.host, options.rest)
-        rest_port = place.getsockname()[1]
-        web = rest.listener(rest.application(plane, metrics, limits, tokens), limits, tls)
-        task = asyncio.create_task(web.serve(sockets=[place]))
-        stack.push_async_callback(_ended, web, task)
-        while not (web.started or task.done()):
-            await asyncio.sleep(0.01)
-    if options.grpc is not None:
-        servicer = rpc.Servicer(plane, model, metrics)
-        server = rpc.listener(servicer, limits, tokens, metrics)
-        address = f"[{options.host}]" if ":" in options.host else options.host
-        address += f":{options.grpc}"
-        try:
-            if tls is None:
-                grpc_port = server.add_insecure_port(address)
-            else:
-                grpc_port = server.add_secure_port(address, tls.server())
-        except RuntimeError as error:
-            raise OSError(f"cannot listen at {address}: {error}") from error
-        await server.start()
-        stack.push_async_callback(server.stop, limits.draining)
-    return Ports(rest_port, grpc_port)
+    place = _socket(options.host, options.rest)
+    web = rest.listener(rest.application(plane, metrics, limits, tokens), limits, tls)
+    task = asyncio.create_task(web.serve(sockets=[place]))
+    stack.push_async_callback(_ended, web, task)
+    while not (web.started or task.done()):
+        await asyncio.sleep(0.01)
+    server = rpc.listener(rpc.Servicer(plane, model, metrics), limits, tokens, metrics)
+    address = f"[{options.host}]" if ":" in options.host else options.host
+    address += f":{options.grpc}"
+    try:
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, tls.server())
+    except RuntimeError as error:
+        raise OSError(f"cannot listen at {address}: {error}") from error
+    await server.start()
+    stack.push_async_callback(server.stop, limits.draining)
+    return Ports(place.getsockname()[1], port)
 
 
 def _socket(host: str, port: int) -> socket.socket:

@@ -74,13 +74,18 @@ class Refusal(Exception):
         super().__init__(words)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[Refusal], tuple[str, str]]:
+        # By default an exception is unpickled from `args`, which lack the reason.
+        return type(self), (self.reason, str(self))
+
 
 @dataclasses.dataclass(eq=False)
 class Sample:
     """A sample from its acceptance to its answer.
 
     Attributes:
-      arrays: what its next stage reads, each `[1, ...]`.
+      arrays: what its next stage reads, each `[m, ...]`, together with m - 1 others.
+      row: its own, there.
       due: its deadline, in the seconds of the caller's clock.
       tell: gets the answer or the refusal, once.
       number: by which samples with the same deadline are served in order.
@@ -93,6 +98,7 @@ class Sample:
     """
 
     arrays: tuple[np.ndarray, ...]
+    row: int
     due: float
     tell: Callable[[Answer | Refusal], None]
     number: int
@@ -122,8 +128,21 @@ class Work(NamedTuple):
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What the stage reads, each `[n, ...]`."""
-        parts = zip(*(sample.arrays for sample in self.samples), strict=True)
-        return tuple(np.concatenate(rows) for rows in parts)
+        first = self.samples[0].arrays
+        tile = tuple(np.empty((len(self.samples), *a.shape[1:]), a.dtype) for a in first)
+        start = 0
+        # Samples that came out of a tile together are picked together, and copied once.
+        for _, together in itertools.groupby(self.samples, lambda sample: id(sample.arrays)):
+            samples = list(together)
+            rows = [sample.row for sample in samples]
+            end = start + len(rows)
+            for source, to in zip(samples[0].arrays, tile, strict=True):
+                if source.shape[1:] != to.shape[1:] or source.dtype != to.dtype:
+                    raise ValueError(f"a sample of {source.dtype} {source.shape[1:]}")
+                # Other modes than "raise" copy without a detour.
+                source.take(rows, 0, to[start:end], "clip")
+            start = end
+        return tile
 
 
 class StageResult(Protocol):
@@ -228,7 +247,7 @@ class Scheduler:
         self._arrivals.append(now)
         if self._under_way >= self.capacity:
             raise Refusal("full", f"{self.capacity} samples are under way; try again later.")
-        sample = Sample(arrays, due, tell, next(self._numbers))
+        sample = Sample(arrays, 0, due, tell, next(self._numbers))
         self._push(sample)
         # Nobody that was accepted may be late for it, nor may it be late itself.
         if not self._fits(max(now, self._free_at) if self.now_running else now):
@@ -283,23 +302,31 @@ class Scheduler:
         """Takes the results of the tile that ran: tells those that leave, moves the others on."""
         work = self._ended()
         last = work.stage + 1 == len(self._waiting)
-        for i, sample in enumerate(work.samples):
+        stays, rows = [], []
+        for i, (sample, leaves) in enumerate(
+            zip(work.samples, result.leaves.tolist(), strict=True)
+        ):
             if not sample.open:
                 continue
-            leaves = bool(result.leaves[i])
             answer = Answer(result.logits[i], work.stage, not leaves, work.level)
             sample.chosen &= work.level == 0
             if sample.chosen:
                 self.decided(work.stage, not leaves)
             if leaves or sample.due <= now:
                 self._tell(sample, answer)
-                continue
-            # A copy, so that the others of the tile are free when they are done.
-            sample.arrays = tuple(array[i : i + 1].copy() for array in result.arrays)
-            if last:
-                self._tell(sample, answer._replace(arrays=sample.arrays))
-                continue
-            sample.best, sample.stage = answer, work.stage + 1
+            elif last:
+                arrays = tuple(array[i : i + 1].copy() for array in result.arrays)
+                self._tell(sample, answer._replace(arrays=arrays))
+            else:
+                sample.best, sample.stage = answer, work.stage + 1
+                stays.append(sample)
+                rows.append(i)
+        arrays = result.arrays
+        if 2 * len(rows) < len(work.samples):
+            # A copy, so that what those who left read is free.
+            arrays, rows = tuple(array[rows] for array in arrays), range(len(rows))
+        for row, sample in zip(rows, stays, strict=True):
+            sample.arrays, sample.row = arrays, row
             self._push(sample)
 
     def failed(self, words: str) -> None:
@@ -354,21 +381,26 @@ class Scheduler:
         size = max(1, min(_largest(seconds, queue[0][0] - now), len(queue), self.tile))
         samples = [sample for *_, sample in queue[:size]]
         alone = next((i for i, sample in enumerate(samples) if sample.alone), size)
-        return tuple(samples[: max(alone, 1)])
+        del samples[max(alone, 1) :]
+        together = {id(sample.arrays): i for i, sample in enumerate(samples)}
+        return tuple(sorted(samples, key=lambda sample: together[id(sample.arrays)]))
 
     def _fits(self, start: float) -> bool:
         """Whether all that wait for their first exit reach it in time, if nothing else runs from
         `start` on; and if there are many, in tiles that are not much smaller than they could be."""
-        queue, seconds = self._waiting[0], self.seconds()[0]
-        ends, i = start, 0
-        while i < len(queue):
-            size = _largest(seconds, queue[i][0] - ends)
+        # Lists, because this runs for every arrival: an element of an array takes three times as
+        # long.
+        queue, seconds, tile = self._waiting[0], self.seconds()[0].tolist(), self.tile
+        ends, i, count = start, 0, len(queue)
+        while i < count:
+            left = queue[i][0] - ends
+            size = tile if seconds[-1] <= left else bisect.bisect_right(seconds, left) - 1
             if size < 1:
                 return False
-            size = min(size, len(queue) - i)
+            size = min(size, count - i)
             ends += seconds[size]
             i += size
-        whole, rest = divmod(len(queue), self.tile)
+        whole, rest = divmod(count, tile)
         least = whole * seconds[-1] + seconds[rest]
         return not whole or ends - start <= WASTE * least
 

@@ -7,20 +7,18 @@ head's logits) stays as it is, since decisions depend on it.
 
 int8 is symmetric, `x ~ q * scale`, with a scale for each channel of each sample: the largest
 magnitude over 127, as is usual for weights (Jacob et al., CVPR 2018,
-https://arxiv.org/abs/1712.05877).
+https://arxiv.org/abs/1712.05877). Channels are the first axis of a feature map, as ONNX holds it,
+and the last of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from eejax.runtime import Runtime
-
-if TYPE_CHECKING:
-    import zstandard
 
 CODECS = ("float32", "bfloat16", "int8", "float32+zstd", "bfloat16+zstd", "int8+zstd")
 _SUFFIX = "+zstd"
@@ -102,7 +100,7 @@ def _size(array: Array, base: str) -> int:
     count = int(np.prod(array.shape))
     if not _encodes(array, base):
         return count * np.dtype(array.dtype).itemsize
-    return 2 * count if base == "bfloat16" else count + 4 * array.shape[-1]
+    return 2 * count if base == "bfloat16" else count + 4 * array.shape[_channels(array.shape)]
 
 
 def _encoded(array: np.ndarray, base: str) -> bytes:
@@ -112,7 +110,8 @@ def _encoded(array: np.ndarray, base: str) -> bytes:
         bits = np.ascontiguousarray(array).view(np.uint32)
         # To the nearest, ties to even, as XLA rounds.
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
-    scale = np.abs(array).max(tuple(range(array.ndim - 1))) / np.float32(127)
+    others = tuple(axis for axis in range(array.ndim) if axis != _channels(array.shape))
+    scale = np.abs(array).max(others, keepdims=True) / np.float32(127)
     values = np.rint(array / np.where(scale > 0, scale, 1)).astype(np.int8)
     return scale.astype("<f4").tobytes() + values.tobytes()
 
@@ -123,10 +122,16 @@ def _decoded(data: bytes, array: Array, base: str) -> np.ndarray:
     if base == "bfloat16":
         bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
         return bits.view(np.float32).reshape(array.shape)
-    channels = array.shape[-1]
+    axis = _channels(array.shape)
+    channels = array.shape[axis]
     scale = np.frombuffer(data, "<f4", channels)
     values = np.frombuffer(data, np.int8, offset=4 * channels).reshape(array.shape)
-    return values * scale
+    return values * scale.reshape([channels if i == axis else 1 for i in range(values.ndim)])
+
+
+def _channels(shape: tuple[int, ...]) -> int:
+    """The axis of the channels."""
+    return 0 if len(shape) >= 3 else len(shape) - 1
 
 
 def _decompressed(data: bytes, size: int) -> bytes:
@@ -139,7 +144,7 @@ def _decompressed(data: bytes, size: int) -> bytes:
         raise ValueError(f"features are not compressed by zstd: {error}") from error
 
 
-def _zstd() -> zstandard:  # pyright: ignore[reportInvalidTypeForm]
+def _zstd() -> Any:
     try:
         import zstandard
     except ModuleNotFoundError:

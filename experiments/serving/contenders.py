@@ -18,7 +18,9 @@ from eejax import runtime
 from eejax.bundle import Bundle
 from eejax.runtime.engine import Stage, session
 from eejax.serving import Answer, Level, Refusal, Scheduler, Service, StageTimes, measure, noise
+from eejax.serving.times import Engine
 from experiments.engines.contenders import plain_model
+from experiments.serving import xla
 
 TILE, CAPACITY = 64, 4096
 WAIT = 0.005  # seconds for which the dynamic batcher waits for others
@@ -28,15 +30,19 @@ Predict = Callable[[tuple[np.ndarray, ...], float], Any]
 
 
 class Plain:
-    """The whole network as an engine of one stage."""
+    """The whole network in ONNX Runtime, as an engine of one stage."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self._session = session(plain_model(bundle), threads)
 
     def run_stage(self, e: int, arrays: Sequence[np.ndarray], thresholds: np.ndarray) -> Stage:
+        """The logits of n images."""
         del e, thresholds
         logits = np.asarray(self._session.run(["logits"], {"images": arrays[0]})[0])
         return Stage(logits, np.ones(len(logits), bool), ())
+
+
+ENGINES = ("onnxruntime", "xla")
 
 
 class Contenders:
@@ -44,20 +50,33 @@ class Contenders:
 
     Attributes:
       path: the levels of `early exits, lowered`; the first is that of the bundle.
-      capacity: images a second of the whole network in full tiles.
     """
 
-    def __init__(self, bundle: Bundle, path: Sequence[Level], place: Path) -> None:
-        eejax.export(bundle, place / "artifact", layers=["onnx"])
+    def __init__(self, bundle: Bundle, engine: str, path: Sequence[Level], place: Path) -> None:
         self.path = path
-        self._early = runtime.load(place / "artifact")
-        self._plain = Plain(bundle, self._early.threads)
-        images, exits = (noise(bundle.image, TILE),), bundle.network.num_exits
+        self._early: Any
+        self._plain: Any
+        if engine == "xla":
+            self._early, self._plain = xla.early(bundle), xla.plain(bundle)
+        else:
+            eejax.export(bundle, place / "artifact", layers=["onnx"])
+            loaded = runtime.load(place / "artifact")
+            self._early, self._plain = loaded, Plain(bundle, loaded.threads)
+        self._images = (noise(bundle.image, TILE),)
+        exits = bundle.network.num_exits
         self._tables = {
-            "early": measure(self._early, images, exits, exits - 1).table,
-            "plain": measure(self._plain, images, 1, 0).table,
+            "early": measure(self._early, self._images, exits, exits - 1).table,
+            "plain": measure(self._plain, self._images, 1, 0).table,
         }
-        self.capacity = TILE / self._tables["plain"][0, -1]
+
+    def capacity(self) -> float:
+        """Images a second of the whole network in full tiles, as the machine is now."""
+        seconds = []
+        for _ in range(9):
+            begin = time.perf_counter()
+            self._plain.run_stage(0, self._images, np.zeros(0, np.float32))
+            seconds.append(time.perf_counter() - begin)
+        return TILE / float(np.median(seconds))
 
     @contextlib.asynccontextmanager
     async def serving(self, name: str) -> AsyncIterator[Predict]:
@@ -82,7 +101,7 @@ NAMES = ("whole network", "early exits", "early exits, lowered", "dynamic batche
 
 
 @contextlib.asynccontextmanager
-async def _batching(engine: Plain) -> AsyncIterator[Predict]:
+async def _batching(engine: Engine) -> AsyncIterator[Predict]:
     """A tile runs when it is full, or `WAIT` after its first image came. Deadlines are not known to
     it; its queue is as long as the others'."""
     loop = asyncio.get_running_loop()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from experiments.serving.contenders import Predict
 
 async def offered(
     predict: Predict, images: np.ndarray, labels: np.ndarray, deadline: float, arrivals: np.ndarray
-) -> dict[str, Any]:
+) -> Offered:
     """What becomes of requests.
 
     A request's latency counts from the moment at which it was to come, so that a loop that is
@@ -28,9 +29,7 @@ async def offered(
       arrivals: `[n]` seconds from now, ascending.
 
     Returns:
-      `answered`, `refused` and `late` (answered after the deadline) as shares of the requests;
-      `p50` and `p99` of the answers' latencies in seconds; `accuracy` of the answers; `exits`, the
-      share at each; `partial`, of the answers; `level`, the mean.
+      What became of each, in their order.
     """
     latency = np.full(len(arrivals), np.nan)
     answers: list[Any] = [None] * len(arrivals)
@@ -54,19 +53,59 @@ async def offered(
         tasks.append(asyncio.create_task(request(i)))
     await asyncio.gather(*tasks)
 
+    return Offered(latency, answers, labels, deadline)
+
+
+class Offered(NamedTuple):
+    """What became of n requests.
+
+    Attributes:
+      latency: `[n]` seconds.
+      answers: n answers or refusals.
+      labels: `[n]`, right ones.
+      deadline: seconds.
+    """
+
+    latency: np.ndarray
+    answers: list[Any]
+    labels: np.ndarray
+    deadline: float
+
+
+def summary(parts: Sequence[Offered]) -> dict[str, Any]:
+    """The figures of all requests of some rounds.
+
+    Returns:
+      `answered`, `refused` and `late` (answered after the deadline) as shares of the requests;
+      `p50` and `p99` of the answers' latencies in seconds, and `spread`, the quartiles of the
+      rounds' p99; `accuracy` of the answers; `exits`, the number at each; `partial`, of the
+      answers; `level`, the mean.
+    """
+    latency = np.concatenate([part.latency for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    answers = [answer for part in parts for answer in part.answers]
     told = np.array([not isinstance(answer, Refusal) for answer in answers])
     given = [answer for answer in answers if not isinstance(answer, Refusal)]
     right = [answer.logits.argmax() for answer in given] == labels[told]
-    p50, p99 = np.quantile(latency[told], [0.5, 0.99]) if told.any() else (np.nan, np.nan)
     return {
-        "requests": len(arrivals),
+        "requests": len(labels),
         "answered": float(told.mean()),
         "refused": float(1 - told.mean()),
-        "late": float((latency[told] > deadline).sum() / len(arrivals)),
-        "p50": float(p50),
-        "p99": float(p99),
+        "late": float((latency[told] > parts[0].deadline).sum() / len(labels)),
+        "p50": _quantile(latency[told], 0.5),
+        "p99": _quantile(latency[told], 0.99),
+        "spread": np.quantile([_p99(part) for part in parts], [0.25, 0.75]).tolist(),
         "accuracy": float(np.mean(right)) if given else float("nan"),
         "exits": np.bincount([answer.exit for answer in given]).tolist(),
         "partial": float(np.mean([answer.partial for answer in given])) if given else 0.0,
         "level": float(np.mean([answer.level for answer in given])) if given else 0.0,
     }
+
+
+def _p99(part: Offered) -> float:
+    told = [not isinstance(answer, Refusal) for answer in part.answers]
+    return _quantile(part.latency[told], 0.99)
+
+
+def _quantile(latency: np.ndarray, q: float) -> float:
+    return float(np.quantile(latency, q)) if len(latency) else float("nan")
