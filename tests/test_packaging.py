@@ -53,6 +53,8 @@ SERVING = {
     "server": {"fastapi", "grpcio", "kserve", "prometheus-client", "uvicorn"},
     "tiers": {"zstandard"},
 }
+# What needs the extra `ray`, beside `serving`.
+RAY = {"server": {"ray"}}
 # What needs the extra `artifact`; the runtime needs nothing else but NumPy.
 ARTIFACT = {
     "artifact": {"flatbuffers"},
@@ -67,7 +69,7 @@ def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
     for path in (ROOT / "eejax").rglob("*.py"):
         part = path.relative_to(ROOT / "eejax").with_suffix("").parts[0]
         found.setdefault(part, set()).update(third_party_of(path))
-    for part, extra in [*ARTIFACT.items(), *SERVING.items()]:
+    for part, extra in [*ARTIFACT.items(), *SERVING.items(), *RAY.items()]:
         assert extra <= found[part]
         found[part] -= extra
     assert found["runtime"] == {"numpy"}
@@ -77,12 +79,15 @@ def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
     assert set().union(*found.values()) - {"jaxlib"} == requirements(PROJECT["dependencies"])
     assert set().union(*ARTIFACT.values()) == requirements(EXTRAS["artifact"])
     assert {"eejax"}.union(*SERVING.values()) == requirements(EXTRAS["serving"])
+    assert {"eejax"}.union(*RAY.values()) == requirements(EXTRAS["ray"])
 
 
 def test_the_experiments_import_what_the_package_and_their_extra_declare():
     declared = requirements([*PROJECT["dependencies"], *EXTRAS["experiments"]])
     # Contenders of one benchmark, which names them where they are missing.
     others = {"jaxlib", "torch", "earlyon"}
+    # One experiment needs the extra `serving`, and says so.
+    others |= {"grpcio", "kserve"}
     assert third_party("experiments") | third_party("configs") <= declared | others
     assert "eejax[artifact,docs,experiments,serving]" in EXTRAS["dev"]
 

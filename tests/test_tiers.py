@@ -194,6 +194,19 @@ def test_lossy_codecs_change_few_answers(place):
         assert difference.max() < most
 
 
+def test_other_thresholds_can_be_given(place):
+    async def run(thresholds):
+        async with tiers(place, (1,), "float32", thresholds=thresholds) as ports:
+            found = rows((await ask(ports.rest, INFER, request(IMAGES))).content)
+            return set(found["exits"].tolist())
+
+    infinite = float("inf")
+    assert asyncio.run(run((infinite, infinite))) == {2}
+    assert asyncio.run(run((infinite, -infinite))) == {1}
+    with pytest.raises(ValueError, match="2 numbers"):
+        asyncio.run(run((1.0,)))
+
+
 def test_stages_that_do_not_fit_are_refused(place):
     async def run(**options):
         async with server(place, **options):

@@ -42,7 +42,7 @@ def read(links: str | Path, devices: str | Path) -> Tiers:
       ValueError: if a file cannot be read, or a field is wrong, missing or unknown: file, field,
         what came, and what was expected, on one line.
     """
-    known = {name: _link(links, name, fields) for name, fields in _mapping(links).items()}
+    known = read_links(links)
     tiers = _mapping(devices)
     names, last = tuple(tiers), list(tiers)[-1]
     times, built, link_names = [], [], []
@@ -68,6 +68,11 @@ def read(links: str | Path, devices: str | Path) -> Tiers:
         tuple(link_names),
         tuple(known[name] for name in link_names),
     )
+
+
+def read_links(path: str | Path) -> dict[str, Link]:
+    """Links by name; ValueError as for `read`."""
+    return {name: _link(path, name, fields) for name, fields in _mapping(path).items()}
 
 
 def _link(path: str | Path, name: str, fields: Mapping[str, Any]) -> Link:

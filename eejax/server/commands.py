@@ -71,6 +71,7 @@ def add(command: Command) -> None:
         "--cut", type=int, nargs="+", required=True, metavar="STAGE", help="a tier ends before it"
     )
     tiers.add_argument("--codecs", nargs="+", choices=CODECS, default=["bfloat16"])
+    _thresholds(tiers)
     _ports(tiers)
 
 
@@ -80,12 +81,22 @@ def _ports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grpc-port", default=8081, help="8081 by default; 0 for any", **port)
 
 
+def _thresholds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--thresholds",
+        type=lambda text: tuple(map(float, text.split(","))),
+        metavar="T,...",
+        help="instead of the artifact's, as in --thresholds=-inf,0.5; inf switches an exit off",
+    )
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="an artifact")
     add("--name", default="model", help="of the model in requests; model by default")
     add("--host", default="127.0.0.1", help="where to listen; 127.0.0.1 by default")
     _ports(parser)
+    _thresholds(parser)
     add("--tile", type=_positive, default=64, help="samples that run together; 64 by default")
     add("--threads", type=_positive, help="of ONNX Runtime; by default one for each core")
     add(
@@ -163,6 +174,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         grpc=arguments.grpc_port,
         stages=getattr(arguments, "stages", None),
         link=_link(arguments) if getattr(arguments, "next", None) else None,
+        thresholds=arguments.thresholds,
         tile=arguments.tile,
         threads=arguments.threads,
         delta=arguments.drift_delta,
@@ -213,8 +225,9 @@ def _tiers(arguments: argparse.Namespace) -> int:
             command = [sys.executable, "-m", "eejax.commands", "tier", str(arguments.directory)]
             command += ["--stages", f"{first}:{end}", "--codecs", *arguments.codecs]
             command += ["--rest-port", str(ports[0]), "--grpc-port", str(ports[1])]
-            # Tiers of one machine share its cores.
             command += ["--next", address] if address else []
+            if arguments.thresholds is not None:
+                command += [f"--thresholds={','.join(map(str, arguments.thresholds))}"]
             process, said = started(command)
             processes.append(process)
             address = f"{said['host']}:{said['grpc']}"

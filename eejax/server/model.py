@@ -16,7 +16,7 @@ from eejax.server import messages
 from eejax.server.messages import Reader
 from eejax.server.metrics import Metrics, logger
 from eejax.serving import Refusal
-from eejax.tiers.tier import Tier, Told
+from eejax.tiers.tier import Tier
 
 
 class EarlyExits(InferenceModel):
@@ -71,7 +71,7 @@ class EarlyExits(InferenceModel):
         begin = time.monotonic()
         try:
             asked = self._reader.read(request, remaining)
-            told = await self._told(asked)
+            told = await self._tier.predict_all(*asked)
             response = messages.response(request, told, self.certified, self._manifest.sha256)
         except InvalidInput:
             self._metrics.refused("invalid")
@@ -86,17 +86,3 @@ class EarlyExits(InferenceModel):
             raise
         self._metrics.answered(told, time.monotonic() - begin, asked.seconds)
         return response
-
-    async def _told(self, asked: messages.Asked) -> list[Told]:
-        if len(asked.samples) == 1:
-            return [await self._tier.predict(asked.samples[0], asked.seconds)]
-        try:
-            # If one is refused, the others free their places.
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._tier.predict(sample, asked.seconds))
-                    for sample in asked.samples
-                ]
-        except* Refusal as refusals:
-            raise refusals.exceptions[0] from None
-        return [task.result() for task in tasks]

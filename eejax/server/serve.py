@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import uvicorn
 from kserve.errors import InvalidInput
 from kserve.model_repository import ModelRepository
@@ -21,12 +22,13 @@ from kserve.protocol.dataplane import DataPlane
 import eejax
 from eejax import runtime
 from eejax.server import rest, rpc
+from eejax.server.guarded import Guarded
 from eejax.server.messages import Reader
 from eejax.server.metrics import Metrics, logger
 from eejax.server.model import EarlyExits
 from eejax.server.security import Limits, Tls, Tokens
 from eejax.server.upstream import Link, NextTier, Said
-from eejax.serving import Drift, Level, Scheduler, watched, whole
+from eejax.serving import Drift, Level, Scheduler, noise, watched, whole
 from eejax.tiers import Tier
 from eejax.tiers.codec import CODECS, layouts
 from eejax.tiers.prepare import prepare
@@ -47,6 +49,7 @@ class Options:
       codecs: for features that come in.
       tile: samples that run together, at most.
       threads: of ONNX Runtime; None for one for each core.
+      thresholds: E - 1, in place of the artifact's and its certificate; None for those.
       delta: probability of a false alarm of drift, ever; 0 to watch for none.
       tls: certificates; None for none.
       tokens: that clients need; None for none.
@@ -63,6 +66,7 @@ class Options:
     codecs: tuple[str, ...] = CODECS
     tile: int = 64
     threads: int | None = None
+    thresholds: tuple[float, ...] | None = None
     delta: float = 0.01
     tls: Tls | None = None
     tokens: Tokens | None = None
@@ -129,18 +133,25 @@ async def serving(options: Options) -> AsyncIterator[tuple[Ports, Tier]]:
     sizes = (options.tile, limits.requests)
     stages, service = await asyncio.to_thread(prepare, artifact, first, end, *sizes)
     layout, core = layouts(artifact)[first], service.scheduler
+    own = options.thresholds is None
+    if not own:
+        _, thresholds = artifact.checked(noise(manifest.image, 1), options.thresholds)
+        core.follow(stages.here([Level(thresholds, np.ones(exits - 1))]))
     metrics = Metrics(core)
     async with contextlib.AsyncExitStack() as stack:
         upstream = None
         if options.link is not None:
-            upstream = NextTier(options.link, manifest, end, limits.message)
-            stack.push_async_callback(upstream.close)
+            link = NextTier(options.link, manifest, end, limits.message)
+            stack.push_async_callback(link.close)
+            upstream = Guarded(link, options.link.address)
         await stack.enter_async_context(service)
         tier = Tier(stages, service, upstream)
         reader = Reader(manifest, first, layout, limits.batch, limits.seconds)
         model = EarlyExits(options.name, tier, manifest, reader, metrics)
+        model.certified &= own
         # Later tiers do not know by which thresholds a sample came to them.
-        drift = watched(manifest, options.delta) if first == 0 and options.delta else None
+        watches = first == 0 and own and options.delta > 0
+        drift = watched(manifest, options.delta) if watches else None
         if drift is not None:
             core.decided = _noted(drift, model, metrics, core, stages.here(whole(exits)))
         plane = _Plane(model, Said(manifest.sha256, first, options.codecs))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,14 +14,11 @@ from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
 from eejax.runtime import Manifest
-from eejax.server.messages import FEATURES, IMAGES
+from eejax.server.messages import FEATURES
 from eejax.server.metrics import logger
-from eejax.tiers.breaker import Breaker
 from eejax.tiers.codec import CODECS, encode
 from eejax.tiers.tier import Told, Unanswered
 
-# For how long recent durations say what the link takes, seconds.
-_FRESH = 5.0
 _MOST_TIERS = 16
 _REASONS = {"late", "full", "down", "garbage", "open", "refused", "other"}
 _OF_STATUS = {
@@ -83,11 +78,7 @@ class Link(NamedTuple):
 
 
 class NextTier:
-    """Forwards samples, one a call, and takes no longer than it is given.
-
-    Attributes:
-      bytes_sent: of features.
-    """
+    """Forwards samples, one a call, and takes no longer than it is given."""
 
     def __init__(self, link: Link, manifest: Manifest, stage: int, most: int = 8 << 20) -> None:
         """Opens a channel, which connects when it is used. Needs a running event loop.
@@ -95,7 +86,7 @@ class NextTier:
         Args:
           link: to the next tier.
           manifest: of this tier's artifact, which has to be the next one's, too.
-          stage: the first that runs there; 0 if images are sent.
+          stage: the first that runs there, at least 1.
           most: bytes in a message.
 
         Raises:
@@ -117,11 +108,8 @@ class NextTier:
             self._channel = grpc.aio.secure_channel(link.address, link.credentials, options)
         self._stub: Any = GRPCInferenceServiceStub(self._channel)
         self._metadata = [("authorization", f"Bearer {link.token}")] if link.token else []
-        self._breaker = Breaker()
         self._codec: str | None = None
         self._agreeing = asyncio.Lock()
-        self._recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=64)
-        self.bytes_sent = 0
 
     async def close(self) -> None:
         """Ends what is under way, and the channel."""
@@ -137,30 +125,7 @@ class NextTier:
         Raises:
           Unanswered: if there is none in time.
         """
-        now = time.monotonic()
-        taken = [duration for when, duration in self._recent if now - when < _FRESH]
-        if seconds <= min(taken, default=0.0):
-            # Nobody's fault, and nothing that the breaker has to know.
-            raise Unanswered("late")
-        if not self._breaker.allows(now):
-            raise Unanswered("open")
-        try:
-            told = await self._asked(arrays, now + seconds)
-        except Unanswered as error:
-            fair = 2 * statistics.median(taken) if taken else 0.0
-            if str(error) != "late" or seconds > fair:
-                self._breaker.failed(time.monotonic())
-                if self._breaker.failures == 1:
-                    fields = {"next": self._link.address, "reason": str(error)}
-                    logger().warning("the next tier fails", extra={"fields": fields})
-            raise
-        if self._breaker.failures:
-            logger().info("the next tier answers", extra={"fields": {"next": self._link.address}})
-        self._breaker.succeeded()
-        self._recent.append((time.monotonic(), time.monotonic() - now))
-        return told
-
-    async def _asked(self, arrays: tuple[np.ndarray, ...], due: float) -> Told:
+        due = time.monotonic() + seconds
         try:
             codec = await self._agreed(due)
             request = self._request(arrays, codec, due)
@@ -169,8 +134,9 @@ class NextTier:
                 raise Unanswered("late")
             response = await self._stub.ModelInfer(request, timeout=left, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            # Whoever is there after a failure may be another.
-            self._codec = None
+            if error.code() == StatusCode.UNAVAILABLE:
+                # Whoever is there afterwards may be another.
+                self._codec = None
             raise Unanswered(_OF_STATUS.get(error.code(), "garbage")) from error
         try:
             return _told(response, self._manifest, self._stage)
@@ -199,27 +165,21 @@ class NextTier:
             return self._codec
 
     def _request(self, arrays: tuple[np.ndarray, ...], codec: str, due: float) -> Any:
-        parameter = pb.InferParameter
-        if self._stage:
-            data = encode(arrays, codec)
-            name, shape = FEATURES, [1, len(data)]
-            parameters = {
-                "stage": parameter(int64_param=self._stage),
-                "codec": parameter(string_param=codec),
-                "artifact": parameter(string_param=self._manifest.sha256),
-            }
-        else:
-            data, name, shape = arrays[0].tobytes(), IMAGES, list(arrays[0].shape)
-            parameters = {}
-        self.bytes_sent += len(data)
+        parameter, data = pb.InferParameter, encode(arrays, codec)
         milliseconds = max(1, int(1000 * (due - time.monotonic())))
-        parameters["deadline_ms"] = parameter(int64_param=milliseconds)
-        tensor = pb.ModelInferRequest.InferInputTensor(name=name, datatype="UINT8", shape=shape)
+        tensor = pb.ModelInferRequest.InferInputTensor(
+            name=FEATURES, datatype="UINT8", shape=[1, len(data)]
+        )
         return pb.ModelInferRequest(
             model_name=self._link.model,
             inputs=[tensor],
             raw_input_contents=[data],
-            parameters=parameters,
+            parameters={
+                "stage": parameter(int64_param=self._stage),
+                "codec": parameter(string_param=codec),
+                "artifact": parameter(string_param=self._manifest.sha256),
+                "deadline_ms": parameter(int64_param=milliseconds),
+            },
         )
 
 

@@ -8,6 +8,7 @@ tier has an answer of its own, and gives that one if no better one comes in time
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -15,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from eejax.runtime.engine import Runtime, Stage
-from eejax.serving import Level, Service
+from eejax.serving import Level, Refusal, Service
 from eejax.serving.service import RESERVE
 
 
@@ -85,6 +86,27 @@ class Tier:
 
     def __init__(self, stages: Stages, service: Service, upstream: Upstream | None = None) -> None:
         self.stages, self.service, self.upstream = stages, service, upstream
+
+    async def predict_all(
+        self, samples: Sequence[tuple[np.ndarray, ...]], seconds: float
+    ) -> list[Told]:
+        """The answers to some samples; if one of them is refused, the others free their places.
+
+        Args:
+          samples: as for `predict`.
+          seconds: from now.
+
+        Raises:
+          Refusal: as `Service.predict`, of the first that is refused.
+        """
+        if len(samples) == 1:
+            return [await self.predict(samples[0], seconds)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.predict(sample, seconds)) for sample in samples]
+        except* Refusal as refusals:
+            raise refusals.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def predict(self, arrays: tuple[np.ndarray, ...], seconds: float) -> Told:
         """The answer to one sample, here or further on.

@@ -1,0 +1,1 @@
+"""Device, edge and cloud over emulated links."""
