@@ -55,6 +55,7 @@ SHARED = {
             "test_latency",
             "test_quantising",
             "test_serving_load",
+            "test_tiers_experiment",
         ),
         "digits_run",
     ),

@@ -73,7 +73,7 @@ async def tiers(
                 if address is not None:
                     command += ["--next", address, "--codecs", codecs[tier]]
                 process, said = await asyncio.to_thread(started, command)
-                stack.callback(_ended, process)
+                stack.push_async_callback(_ended, process)
                 pids.insert(0, process.pid)
                 address = f"127.0.0.1:{said['grpc']}"
             if tier and address is not None:
@@ -84,9 +84,10 @@ async def tiers(
         yield Running(address, pids, counters)
 
 
-def _ended(process: subprocess.Popen[str]) -> None:
+async def _ended(process: subprocess.Popen[str]) -> None:
     process.terminate()
-    process.wait()
+    # The links have to go on meanwhile: a tier waits for its connections to close.
+    await asyncio.to_thread(process.wait)
 
 
 class Asked(NamedTuple):
