@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "absl": "absl-py", "yaml": "pyyaml"}
-DISTRIBUTIONS |= {"grpc": "grpcio", "prometheus_client": "prometheus-client"}
+# protobuf comes with grpcio's and KServe's messages.
+DISTRIBUTIONS |= {"google": "grpcio", "grpc": "grpcio", "prometheus_client": "prometheus-client"}
 DISTRIBUTIONS |= {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets"}
 
 
@@ -50,7 +51,7 @@ def requirements(lines):
 
 # What needs the extra `serving`; its commands are listed without it.
 SERVING = {
-    "server": {"fastapi", "grpcio", "kserve", "prometheus-client", "uvicorn"},
+    "server": {"fastapi", "grpcio", "kserve", "orjson", "prometheus-client", "uvicorn"},
     "tiers": {"zstandard"},
 }
 # What needs the extra `ray`, beside `serving`.

@@ -286,7 +286,7 @@ def test_http_requests_that_do_not_fit_are_refused(place):
         body = json.dumps(request(IMAGES[:1])).encode()
         assert (await post(group, body))[0] == 200
         assert (await post(group, body, "/other"))[0] == 404
-        assert await post(group, b"{") == (400, {"error": "this is no inference request."})
+        assert await post(group, b"{") == (400, {"error": "this is no inference request: no JSON."})
         assert "16,384 bytes at most" in (await post(group, bytes(1 << 15)))[1]["error"]
         wrong = json.dumps(request(IMAGES[:1, :5])).encode()
         assert "of shape [1, 5, 12, 3]" in (await post(group, wrong))[1]["error"]
@@ -317,7 +317,7 @@ class Handle:
         return self.answer
 
 
-TOLD = Told(np.zeros(2, np.float32), 1, False, 0)
+TOLD = Told(np.zeros(2, np.float32), 1, False, 0, True)
 
 
 def test_samples_that_go_on_together_share_a_call():

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import io
 import json
+import logging
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
 import textwrap
+import time
 import urllib.request
 
 import grpc
@@ -20,6 +24,7 @@ from servers import INFER, ask, message, request, rows, server, stub
 
 import eejax
 from eejax.server.commands import started
+from eejax.server.metrics import Lines, logger
 from eejax.server.security import Limits, Tls, Tokens, read_tokens
 
 pb = pytest.importorskip("kserve.protocol.grpc.grpc_predict_v2_pb2")
@@ -150,32 +155,240 @@ def test_a_file_of_tokens_is_secret_and_its_tokens_are_long(tmp_path):
             read_tokens(path)
 
 
+HEAD = f"POST {INFER} HTTP/1.1\r\nhost: x\r\n"
+
+
+def sent(images, head=HEAD):
+    """A request as it is sent."""
+    body = json.dumps(request(images)).encode()
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode(), body
+
+
 def test_connections_that_say_nothing_are_closed_and_others_served(place):
-    """More than may be open; each waits in vain, some in the middle of a request."""
-    limits = Limits(connections=50, reading=1.0, draining=1)
+    """Some in the middle of a request."""
+    limits = Limits(connections=1000, reading=1.0, draining=1)
+
+    async def run():
+        async with server(place, limits) as (ports, _):
+            opened, begin = [], time.monotonic()
+            for i in range(100):
+                reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+                if i % 2:
+                    writer.write(HEAD.encode())
+                opened.append((reader, writer))
+            assert (await ask(ports.rest, INFER, request(IMAGES))).status == 200
+            async with asyncio.timeout(60):
+                await asyncio.gather(*(_end(reader) for reader, _ in opened))
+            assert time.monotonic() - begin > 0.9
+            # A body that does not come.
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            writer.write(f"{HEAD}content-length: 99\r\n\r\n{{".encode())
+            assert b" 408 " in await asyncio.wait_for(reader.readline(), 60)
+            for _, other in [*opened, (reader, writer)]:
+                other.close()
+
+    asyncio.run(run())
+
+
+def test_the_oldest_silent_connections_make_room_then_those_that_rest(place):
+    limits = Limits(connections=8, reading=600, draining=1)
 
     async def run():
         async with server(place, limits) as (ports, _):
             opened = []
-            for i in range(200):
+
+            async def connect(data=b""):
                 reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
-                if i % 2:
-                    writer.write(b"POST /v2/models/model/infer HTTP/1.1\r\nhost: ")
-                opened.append((reader, writer))
-            ends = await asyncio.wait_for(
-                asyncio.gather(*(_end(reader) for reader, _ in opened)), 60
-            )
-            assert len(ends) == 200
-            assert (await ask(ports.rest, INFER, request(IMAGES))).status == 200
-            # A body that does not come.
+                opened.append(writer)
+                writer.write(data)
+                if data:
+                    assert b" 200 " in await reader.readline()
+                    await reader.readuntil(b"true}")
+                return reader
+
+            async def closed(reader):
+                async with asyncio.timeout(3):  # uvicorn's own time between requests is 5 s
+                    await _end(reader)
+
+            get = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+            resting = [await connect(get) for _ in range(2)]
+            silent = [await connect() for _ in range(6)]
+            for reader in silent[:3]:
+                await connect()
+                await closed(reader)
+            assert not any(reader.at_eof() for reader in (*silent[3:], *resting))
+            for writer in opened[2:]:
+                writer.close()
+            await asyncio.sleep(0.3)
+            # Now there is none that never asked.
+            others = [await connect(get) for _ in range(6)]
+            await connect(get)
+            await closed(resting[0])
+            assert not any(reader.at_eof() for reader in (resting[1], *others))
+            for writer in opened:
+                writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_whole_request_has_one_time(place):
+    """And not one for its head and one for its body."""
+
+    async def run():
+        async with server(place, Limits(reading=2.0, draining=1)) as (ports, _):
+            head, body = sent(IMAGES)
             reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
-            writer.write(
-                b"POST /v2/models/model/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"
-            )
+            begin = time.monotonic()
+            await asyncio.sleep(1.5)
+            writer.write(head)
             assert b" 408 " in await asyncio.wait_for(reader.readline(), 60)
+            assert time.monotonic() - begin < 3
             writer.close()
-            for _, other in opened:
-                other.close()
+            # A second request of a connection has it from the end of the first.
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            for _ in range(2):
+                await asyncio.sleep(1.2)
+                writer.write(head + body)
+                assert b" 200 " in await asyncio.wait_for(reader.readline(), 60)
+                await reader.readuntil(b"]}")
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(0.1):
+                            await reader.read(65536)
+                            continue
+                    break
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_its_answers_is_cut_off(place):
+    limits = Limits(reading=0.5, seconds=0.5, draining=1)
+
+    async def run():
+        async with server(place, limits) as (ports, _):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", ports.rest))
+            client.setblocking(False)
+            async with asyncio.timeout(30):
+                await _sent(client, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
+
+    asyncio.run(run())
+
+
+async def _sent(client, data):
+    with client, contextlib.suppress(ConnectionError):
+        while True:
+            await asyncio.get_running_loop().sock_sendall(client, data)
+
+
+def test_a_client_that_has_ended_its_side_is_answered(place):
+    async def run():
+        async with server(place) as (ports, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            writer.write(b"".join(sent(IMAGES)))
+            writer.write_eof()
+            async with asyncio.timeout(60):
+                said = await reader.read()
+            assert b"HTTP/1.1 200 " in said
+            assert said.endswith(b"}")
+            writer.close()
+            # Half a request is none.
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            writer.write(sent(IMAGES)[0] + b"{")
+            writer.write_eof()
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("size", "token", "status"), [(20 << 20, TOKEN, 413), (4 << 20, "", 401)])
+def test_who_sends_much_in_vain_sees_the_answer(place, size, token, status):
+    async def run():
+        async with server(place, tokens=Tokens([TOKEN])) as (ports, _):
+            for _ in range(5):
+                headers = {"authorization": f"Bearer {token}"}
+                assert (await ask(ports.rest, INFER, bytes(size), **headers)).status == status
+            # Who waits for leave to send is told so at once.
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            writer.write(f"{HEAD}expect: 100-continue\r\ncontent-length: 99999999\r\n\r\n".encode())
+            assert b" 401 " in await asyncio.wait_for(reader.readline(), 5)
+            writer.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_thrown_away_has_an_end(place, caplog):
+    """A client without a token that sends on and on."""
+
+    async def run():
+        async with server(place, Limits(reading=1, draining=1), tokens=Tokens([TOKEN])) as (
+            ports,
+            _,
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            writer.write(f"{HEAD}transfer-encoding: chunked\r\n\r\n".encode())
+            begin = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < begin + 30:
+                    writer.write(b"1\r\nx\r\n")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+            assert time.monotonic() < begin + 10
+            writer.close()
+            # So has one whose rest is no HTTP.
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            writer.write(f"{HEAD}transfer-encoding: chunked\r\n\r\n".encode())
+            assert b" 401 " in await reader.readline()
+            writer.write(b"zzz\r\n" * 10)
+            async with asyncio.timeout(5):
+                await _end(reader)
+            writer.close()
+
+    asyncio.run(run())
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@contextlib.contextmanager
+def _log():
+    """What the server's log gets."""
+    handler = next(one for one in logger().handlers if isinstance(one.formatter, Lines))
+    assert isinstance(handler, logging.StreamHandler)
+    lines = io.StringIO()
+    before = handler.setStream(lines)
+    try:
+        yield lines
+    finally:
+        handler.setStream(before)
+
+
+def test_what_uvicorn_logs_is_json_too(place, capfd):
+    async def run():
+        async with server(place) as (ports, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            writer.write(b"rubbish\r\n\r\n")
+            await asyncio.wait_for(_end(reader), 60)
+            writer.close()
+
+    with _log() as lines:
+        asyncio.run(run())
+    said = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert "Invalid HTTP request received." in [line["event"] for line in said]
+    assert not any("traceback" in line for line in said)
+    assert "Invalid HTTP" not in capfd.readouterr().err
+
+
+def test_handshakes_of_tls_have_a_time(place, certificates):
+    async def run():
+        tls = Tls(certificates / "server.pem", certificates / "server.key")
+        async with server(place, Limits(reading=1, draining=1), tls=tls) as (ports, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.rest)
+            async with asyncio.timeout(10):
+                await _end(reader)
+            writer.close()
 
     asyncio.run(run())
 

@@ -204,11 +204,28 @@ def test_nobody_waits_for_a_service_that_broke(loaded):
 
 
 def test_times_follow_what_stages_take_lately():
-    times = StageTimes(np.array([[0.0, 2.0, 1.0], [0.0, 1.0, 2.0]]))
-    np.testing.assert_array_equal(times(), [[0, 2, 2], [0, 1, 2]])
-    for _ in range(100):
+    now = 0.0
+    table = np.array([[0.0, 2.0, 1.0, 3.0, 4.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
+    times = StageTimes(table, lambda: now)
+    np.testing.assert_array_equal(times(), [[0, 2, 2, 3, 4], [0, 1, 2, 3, 4]])
+    for _ in range(20):
         times.note(1, 2, 6.0)
-    np.testing.assert_allclose(times(), [[0, 2, 2], [0, 3, 6]])
-    for _ in range(64):
-        times.note(1, 1, 1.0)
-    np.testing.assert_allclose(times()[1], [0, 1, 2])
+    # Two and three samples are alike; for more it is not known, but not less.
+    np.testing.assert_allclose(times(), [[0, 2, 2, 3, 4], [0, 1, 6, 9, 9]])
+    for _ in range(16):
+        times.note(1, 3, 3.0)
+    np.testing.assert_allclose(times()[1], [0, 1, 2, 3, 4])
+
+
+def test_what_a_stage_once_took_is_forgotten_unless_it_runs():
+    now = 0.0
+    times = StageTimes(np.array([[0.0, 1.0], [0.0, 1.0]]), lambda: now)
+    for stage in (0, 1):
+        for _ in range(16):
+            times.note(stage, 1, 9.0)
+    now = 0.4
+    times.note(0, 1, 9.0)
+    now = 0.6
+    np.testing.assert_allclose(times(), [[0, 9], [0, 1]])
+    now = 1.0
+    np.testing.assert_allclose(times(), [[0, 1], [0, 1]])

@@ -143,7 +143,7 @@ def answers(made):
 @given(requests(), st.sampled_from([ONE, THREE]), st.integers(1, 40))
 @settings(max_examples=200)
 def test_everyone_is_told_once_and_whoever_is_accepted_in_time(made, path, capacity):
-    scheduler = Scheduler(path, lambda: SECONDS, tile=TILE, capacity=capacity)
+    scheduler = Scheduler(path, lambda: SECONDS, tile=TILE, capacity=capacity, doubt=np.inf)
     simulate(scheduler, made)
     assert scheduler.under_way == 0
     for request in made:
@@ -161,7 +161,7 @@ def test_everyone_is_told_once_and_whoever_is_accepted_in_time(made, path, capac
 @given(requests(), st.sampled_from([ONE, THREE]))
 @settings(max_examples=100)
 def test_exits_are_those_of_the_thresholds_unless_time_is_up(made, path):
-    simulate(Scheduler(path, lambda: SECONDS, tile=TILE), made)
+    simulate(Scheduler(path, lambda: SECONDS, tile=TILE, doubt=np.inf), made)
     for request, _, answer in answers(made):
         thresholds = path[answer.level].thresholds
         leaves = answer.exit + 1 == EXITS or (
@@ -175,7 +175,7 @@ def test_exits_are_those_of_the_thresholds_unless_time_is_up(made, path):
 @given(requests(departs=True, bad=True))
 @settings(max_examples=100)
 def test_a_bad_sample_fails_alone_and_a_client_that_leaves_frees_its_place(made):
-    scheduler = Scheduler(ONE, lambda: SECONDS, tile=TILE)
+    scheduler = Scheduler(ONE, lambda: SECONDS, tile=TILE, doubt=np.inf)
     simulate(scheduler, made)
     assert scheduler.under_way == 0
     for request in made:
@@ -193,7 +193,7 @@ def test_a_bad_sample_fails_alone_and_a_client_that_leaves_frees_its_place(made)
 def test_slower_stages_than_promised_delay_first_answers_only(made, seed):
     """What has an answer is told it at its deadline, whatever the stages take."""
     note(f"seed {seed}")
-    scheduler = Scheduler(ONE, lambda: SECONDS, tile=TILE)
+    scheduler = Scheduler(ONE, lambda: SECONDS, tile=TILE, doubt=np.inf)
     real = SECONDS * np.random.default_rng(seed).uniform(0.5, 3.0, (EXITS, 1))
     simulate(scheduler, made, real)
     for request, when, answer in answers(made):
@@ -204,7 +204,7 @@ def test_slower_stages_than_promised_delay_first_answers_only(made, seed):
 
 def test_tiles_are_full_under_load_and_deep_stages_come_first():
     made = [Request(i, 0.0, 1e6, [0.0, 0.0]) for i in range(40)]
-    ran = simulate(Scheduler(ONE, lambda: SECONDS, tile=TILE), made)
+    ran = simulate(Scheduler(ONE, lambda: SECONDS, tile=TILE, doubt=np.inf), made)
     sizes = [len(work.samples) for _, work in ran]
     assert sizes[0] == 1  # the first waits for nobody
     assert sizes[1:10] == [TILE] * 9
@@ -215,7 +215,7 @@ def test_tiles_are_full_under_load_and_deep_stages_come_first():
 
 def test_a_single_sample_does_not_wait_for_others():
     made = [Request(0, 5.0, 100.0, [0.0, 1.0])]
-    simulate(Scheduler(ONE, lambda: SECONDS, tile=TILE), made)
+    simulate(Scheduler(ONE, lambda: SECONDS, tile=TILE, doubt=np.inf), made)
     ((_, when, answer),) = answers(made)
     assert (when, answer.exit) == (5 + 3 + 2, 1)
 
@@ -224,7 +224,7 @@ def test_the_level_rises_with_the_load_and_falls_again():
     slow = [Request(i, 40.0 * i, 40.0 * i + 30, [0.3, 0.3]) for i in range(3)]
     burst = [Request(10 + i, 200.0, 230.0, [0.3, 0.3]) for i in range(12)]
     after = [Request(30, 400.0, 430.0, [0.3, 0.3])]
-    simulate(Scheduler(THREE, lambda: SECONDS, tile=TILE), [*slow, *burst, *after])
+    simulate(Scheduler(THREE, lambda: SECONDS, tile=TILE, doubt=np.inf), [*slow, *burst, *after])
     assert {answer.level for *_, answer in answers(slow + after)} == {0}
     assert {answer.exit for *_, answer in answers(slow + after)} == {EXITS - 1}
     told = answers(burst)
@@ -237,7 +237,7 @@ def test_twice_the_capacity_is_answered_or_refused_and_the_engine_is_busy():
     # Full tiles of the first stage alone take 1.5 a sample; one arrives every 0.75.
     times = np.cumsum(random.exponential(0.75, 600))
     made = [Request(i, t, t + 40.0, random.random(2).tolist()) for i, t in enumerate(times)]
-    ran = simulate(Scheduler(THREE, lambda: SECONDS, tile=TILE), made)
+    ran = simulate(Scheduler(THREE, lambda: SECONDS, tile=TILE, doubt=np.inf), made)
     told = answers(made)
     busy = sum(SECONDS[work.stage, len(work.samples)] for _, work in ran)
     assert busy >= 0.98 * (ran[-1][0] - ran[0][0])
@@ -245,9 +245,64 @@ def test_twice_the_capacity_is_answered_or_refused_and_the_engine_is_busy():
     assert all(when <= request.due + 1e-9 for request, when, _ in told)
 
 
+def test_one_slow_moment_is_not_believed_for_ever():
+    """Times that no deadline allows; the stages really are quick."""
+    slow = 100 * SECONDS
+    made = [Request(i, 10.0 * i, 10.0 * i + 60, [0.0, 1.0]) for i in range(40)]
+    simulate(Scheduler(ONE, lambda: slow, tile=TILE, doubt=100.0), made)
+    told = answers(made)
+    # The first is refused; then one in ten tries the first stage, and of those one the second.
+    assert not made[0].accepted
+    assert 3 <= len(told) <= 4
+    assert any(answer.exit == 1 for *_, answer in told)
+
+
+def test_a_request_of_many_samples_is_no_rate():
+    burst = [Request(i, 0.0, 1e5, [0.3, 0.3]) for i in range(64)]
+    simulate(Scheduler(THREE, lambda: SECONDS, tile=TILE, doubt=np.inf), burst)
+    assert {answer.level for *_, answer in answers(burst)} == {0}
+
+
+def test_arrivals_that_are_too_many_lower_the_thresholds_before_deadlines_do():
+    # Full tiles take 3.1 a sample at the first level; one arrives every 2.
+    steady = [Request(i, 2.0 * i, 2.0 * i + 1e5, [0.3, 0.3]) for i in range(2000)]
+    simulate(Scheduler(THREE, lambda: SECONDS, tile=TILE, doubt=np.inf), steady)
+    told = answers(steady)
+    assert {answer.level for *_, answer in told[:50]} == {0}
+    assert max(answer.level for *_, answer in told[1500:]) > 0
+
+
+def test_whoever_stays_holds_no_more_than_twice_its_features():
+    """Of each tile one sample is patient, and the others are told at their deadlines."""
+    scheduler = Scheduler(ONE, lambda: SECONDS, tile=64, doubt=np.inf)
+    seconds = np.tile(np.arange(65.0), (3, 1))
+    scheduler.seconds = lambda: seconds
+    now, kept = 0.0, []
+    for tile in range(20):
+        for i in range(64):
+            arrays = (np.zeros((1, 2)), np.array([i]))
+            due = 1e9 if i == 0 else now + 70
+            sample = scheduler.accept(arrays, due, lambda answer: None, now)
+            if i == 0:
+                kept.append(sample)
+        while sum(work := scheduler.queues[:1]):
+            del work
+            running = scheduler.next(now)
+            assert running is not None
+            assert running.stage == 0
+            now += len(running.samples)
+            scheduler.done(stage(0, running.arrays, running.thresholds), now)
+        now += 1000
+        scheduler.expire(now)
+        assert scheduler.under_way == tile + 1
+    for sample in kept:
+        assert len(sample.arrays[0]) <= 2
+        assert sample.arrays[1][sample.row] == 0
+
+
 def test_closing_tells_everyone():
     told = []
-    scheduler = Scheduler(ONE, lambda: SECONDS, tile=TILE)
+    scheduler = Scheduler(ONE, lambda: SECONDS, tile=TILE, doubt=np.inf)
     for i in range(6):
         scheduler.accept((np.zeros((1, 2)), np.array([i])), 100.0, told.append, 0.0)
     work = scheduler.next(0.0)

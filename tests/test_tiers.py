@@ -11,6 +11,8 @@ from servers import INFER, ask, request, rows, server, tiers
 
 import eejax
 from eejax import runtime
+from eejax.server.guarded import Guarded
+from eejax.tiers import Told, Unanswered
 from eejax.tiers.breaker import Breaker
 from eejax.tiers.codec import CODECS, Array, decode, encode, layouts
 
@@ -71,6 +73,34 @@ def test_bfloat16_rounds_as_jax_does():
     )
 
 
+def test_bfloat16_keeps_what_is_not_finite():
+    bits = np.array([[0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000]], np.uint32)
+    array = bits.view(np.float32)[None]
+    back = decode(encode((array,), "bfloat16"), (Array((1, 5), "float32"),), "bfloat16")[0]
+    np.testing.assert_array_equal(back, array)
+
+
+def test_int8_gives_what_is_not_finite_a_number():
+    array = np.array([[[1, np.inf, -np.inf, np.nan], [np.inf, np.nan, 0, 0]]], np.float32)[None]
+    array = array.transpose(0, 2, 1, 3)  # channels first
+    back = decode(encode((array,), "int8"), (Array((2, 1, 4), "float32"),), "int8")[0]
+    np.testing.assert_allclose(back[0, :, 0], [[1, 1, -1, 0], [0, 0, 0, 0]], rtol=1e-6)
+
+
+def test_int8_of_subnormal_numbers_keeps_their_signs():
+    array = np.arange(-300, 301, dtype=np.int32).reshape(1, 1, 1, -1)
+    array = (array * np.float64(2.0**-149)).astype(np.float32)
+    back = decode(encode((array,), "int8"), (Array(array.shape[1:], "float32"),), "int8")[0]
+    assert (np.diff(back.ravel()) >= 0).all()
+    assert back.min() < 0 < back.max()
+
+
+def test_scales_that_are_not_finite_are_read_without_a_warning():
+    data = np.array([np.inf, np.nan], "<f4").tobytes() + bytes([0, 1, 0, 1])
+    back = decode(data, (Array((2, 1, 2), "float32"),), "int8")[0]
+    np.testing.assert_array_equal(back.ravel(), [np.nan, np.inf, np.nan, np.nan])
+
+
 def test_a_channel_of_zeros_stays_zero():
     zeros = (np.zeros((1, 2, 2, 3), np.float32),)
     layout = (Array((2, 2, 3), "float32"),)
@@ -97,9 +127,8 @@ def test_other_bytes_are_refused(seed, codec, garbage):
     random = np.random.default_rng(seed)
     with pytest.raises(ValueError, match="features"):
         decode(data[: random.integers(len(data))], LAYOUT, codec)
-    if not codec.endswith("zstd"):
-        with pytest.raises(ValueError, match="features"):
-            decode(data + b"0", LAYOUT, codec)
+    with pytest.raises(ValueError, match="features"):
+        decode(data + garbage + b"0", LAYOUT, codec)
 
 
 def test_a_bomb_is_not_unpacked():
@@ -108,10 +137,12 @@ def test_a_bomb_is_not_unpacked():
     import zstandard
 
     bomb = zstandard.ZstdCompressor(level=19).compress(bytes(1 << 28))
+    nothing_said = zstandard.ZstdCompressor(19, write_content_size=False).compress(bytes(1 << 28))
     assert len(bomb) < 1 << 16
     tracemalloc.start()
-    with pytest.raises(ValueError, match="features"):
-        decode(bomb, LAYOUT, "int8+zstd")
+    for data in (bomb, nothing_said):
+        with pytest.raises(ValueError, match="features"):
+            decode(data, LAYOUT, "int8+zstd")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 24
@@ -120,6 +151,8 @@ def test_a_bomb_is_not_unpacked():
 def test_an_unknown_codec_is_refused():
     with pytest.raises(ValueError, match="codec 'pickle'"):
         decode(b"", LAYOUT, "pickle")
+    with pytest.raises(ValueError, match=r"codec 'x{80}'"):
+        decode(b"", LAYOUT, "x" * 10_000)
 
 
 def test_layouts_are_what_stages_read(place):
@@ -136,11 +169,11 @@ def test_a_breaker_opens_tries_again_and_closes():
     breaker = Breaker(most=3, first=1.0, longest=8.0, draw=lambda: 1.0)
     for _ in range(3):
         assert breaker.allows(0.0)
-        breaker.failed(0.0)
+        breaker.failed(0.0, 0.0)
     assert not breaker.allows(0.9)
     assert breaker.allows(1.0)  # one, and no other until it is known
     assert not breaker.allows(1.5)
-    breaker.failed(1.5)
+    breaker.failed(1.5, 1.0)
     assert not breaker.allows(3.4)
     assert breaker.allows(3.5)
     breaker.succeeded()
@@ -148,12 +181,99 @@ def test_a_breaker_opens_tries_again_and_closes():
     assert breaker.failures == 0
 
 
+def test_calls_under_way_when_the_circuit_opens_do_not_count():
+    breaker = Breaker(most=3, first=1.0, longest=8.0, draw=lambda: 1.0)
+    assert all(breaker.allows(0.0) for _ in range(12))
+    for _ in range(6):
+        breaker.failed(1.0, 0.0)
+    assert breaker.failures == 3
+    assert breaker.allows(2.0)
+    for _ in range(6):
+        breaker.failed(2.1, 0.0)
+    breaker.failed(2.2, 2.0)
+    assert breaker.failures == 4
+    assert not breaker.allows(4.1)
+    assert breaker.allows(4.2)
+
+
+TOLD = Told(np.zeros(2, np.float32), 1, False, 0, True)
+
+
+class Way:
+    """An upstream that does as it is told."""
+
+    error, takes = "", 0.0
+
+    async def forward(self, arrays, seconds):
+        del arrays, seconds
+        await asyncio.sleep(self.takes)
+        if self.error:
+            raise Unanswered(self.error)
+        return TOLD
+
+
+async def why(guarded, seconds):
+    """Why there is no answer; empty if there is one."""
+    try:
+        await guarded.forward((), seconds)
+    except Unanswered as error:
+        return str(error)
+    return ""
+
+
+def test_impatient_samples_do_not_close_the_way_for_others():
+    async def run():
+        way = Way()
+        guarded = Guarded(way, "next")
+        way.error = "late"
+        assert [await why(guarded, 0.05) for _ in range(9)] == ["late"] * 9
+        way.error = ""
+        assert await why(guarded, 600.0) == ""
+        way.error = "late"
+        assert [await why(guarded, 600.0) for _ in range(3)] == ["late"] * 3
+        assert await why(guarded, 600.0) == "open"
+
+    asyncio.run(run())
+
+
+def test_the_last_known_durations_say_who_is_patient(monkeypatch):
+    monkeypatch.setattr("eejax.server.guarded._FRESH", 0.0)
+
+    async def run():
+        way = Way()
+        guarded = Guarded(way, "next")
+        way.takes = 0.2
+        assert await why(guarded, 600.0) == ""
+        way.error, way.takes = "late", 0.0
+        assert [await why(guarded, 0.3) for _ in range(9)] == ["late"] * 9
+
+    asyncio.run(run())
+
+
+def test_impatient_samples_try_an_open_circuit_only_if_nobody_else_does(monkeypatch):
+    async def run():
+        way = Way()
+        guarded = Guarded(way, "next")
+        guarded._breaker = Breaker(draw=lambda: 0.0)
+        way.error = "down"
+        assert [await why(guarded, 600.0) for _ in range(3)] == ["down"] * 3
+        await asyncio.sleep(0.1)  # twice the pause
+        assert await why(guarded, 0.05) == "open"
+        monkeypatch.setattr("eejax.server.guarded._FRESH", 0.0)
+        assert await why(guarded, 0.05) == "down"
+        await asyncio.sleep(0.2)
+        way.error = ""
+        assert await why(guarded, 600.0) == ""
+
+    asyncio.run(run())
+
+
 def test_pauses_double_have_an_end_and_are_never_nothing():
     def ends(failures, draw):
         breaker = Breaker(most=1, first=1.0, longest=8.0, draw=lambda: draw)
-        for _ in range(failures):
-            breaker.failed(0.0)
-        return next(t for t in np.arange(0.0, 20.0, 0.05) if breaker.allows(t))
+        for i in range(failures):
+            breaker.failed(i, i)
+        return next(t for t in np.arange(0.0, 20.0, 0.05) if breaker.allows(i + t))
 
     assert [ends(n, 1.0) for n in (1, 2, 3, 4, 100)] == pytest.approx([1, 2, 4, 8, 8])
     assert ends(1, 0.0) == pytest.approx(0.1)

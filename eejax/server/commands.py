@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def add(command: Command) -> None:
 
 
 def _ports(parser: argparse.ArgumentParser) -> None:
-    port = {"type": int, "metavar": "PORT"}
+    port = {"type": _port, "metavar": "PORT"}
     parser.add_argument("--rest-port", default=8080, help="8080 by default; 0 for any", **port)
     parser.add_argument("--grpc-port", default=8081, help="8081 by default; 0 for any", **port)
 
@@ -130,6 +131,13 @@ def _span(text: str) -> tuple[int, int]:
     return int(first), int(end)
 
 
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 1 << 16:
+        raise ValueError
+    return number
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -140,11 +148,16 @@ def _positive(text: str) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     # In this order: what is wrong with the artifact matters more than what is not installed.
     manifest.read(arguments.directory)
+    # gRPC's own remarks, such as that a connection was idle, are no lines of JSON.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         from eejax.server.serve import serve
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{_INSTALL} ({error})") from error
-    asyncio.run(serve(_options(arguments)))
+    try:
+        asyncio.run(serve(_options(arguments)))
+    except KeyboardInterrupt:  # while it measured
+        return 130
     return 0
 
 
@@ -160,10 +173,15 @@ def _options(arguments: argparse.Namespace) -> Options:
         seconds=1e-3 * arguments.deadline_ms,
         draining=arguments.drain_seconds,
     )
-    if min(limits.seconds, limits.draining) <= 0:
+    if not (0 < limits.seconds < 1e6 and 0 < limits.draining < 1e6):
         raise ValueError(
             f"--deadline-ms {arguments.deadline_ms}, --drain-seconds {arguments.drain_seconds}; "
             "give positive numbers."
+        )
+    if limits.batch > limits.requests:
+        raise ValueError(
+            f"--batch {limits.batch} images and --requests {limits.requests}; each image takes a "
+            "place, so give no more of them than there are places."
         )
     return Options(
         artifact=arguments.directory,
@@ -218,6 +236,9 @@ def _tiers(arguments: argparse.Namespace) -> int:
         raise ValueError(f"cuts {arguments.cut} of {exits} stages; give ascending ones inside.")
     spans = list(itertools.pairwise(bounds))
     processes: list[subprocess.Popen[str]] = []
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
         address = None
         for first, end in reversed(spans):
@@ -228,8 +249,9 @@ def _tiers(arguments: argparse.Namespace) -> int:
             command += ["--next", address] if address else []
             if arguments.thresholds is not None:
                 command += [f"--thresholds={','.join(map(str, arguments.thresholds))}"]
-            process, said = started(command)
-            processes.append(process)
+            process, said = started(command, processes.append)
+            if stop.is_set():
+                return 130
             address = f"{said['host']}:{said['grpc']}"
             print(
                 f"stages {first}:{end}  process {process.pid}  REST {said['host']}:{said['rest']}  "
@@ -237,7 +259,7 @@ def _tiers(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
         print("requests go to the last of them; Ctrl-C ends all", flush=True)
-        _until_signalled(processes)
+        _until_stopped(stop, processes)
     finally:
         for process in reversed(processes):
             process.terminate()
@@ -246,15 +268,22 @@ def _tiers(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def started(command: Sequence[str]) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+def started(
+    command: Sequence[str], keep: Callable[[subprocess.Popen[str]], Any] = lambda process: None
+) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     """A server in a process of its own, and what it said when it was ready to serve.
 
     Its log goes on to this process's stderr.
+
+    Args:
+      command: that serves.
+      keep: called with the process before it is ready.
 
     Raises:
       ValueError: if it ends before; its last words are in the text.
     """
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    keep(process)
     assert process.stderr is not None
     last = ""
     for line in process.stderr:
@@ -277,11 +306,8 @@ def _passed_on(lines: TextIO) -> None:
             sys.stderr.write(line)
 
 
-def _until_signalled(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Waits for SIGINT or SIGTERM, or for the first tier that ends by itself."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+def _until_stopped(stop: threading.Event, processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Waits until it is to stop, or all tiers have ended by themselves."""
     gone: set[int] = set()
     while not stop.wait(0.2):
         for process in processes:

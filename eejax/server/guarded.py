@@ -14,12 +14,16 @@ from eejax.tiers.tier import Told, Unanswered, Upstream
 
 # For how long recent durations say what the way takes, seconds.
 _FRESH = 5.0
+# Seconds that are enough for an answer, as long as nothing is known.
+_ENOUGH = 0.1
 
 
 class Guarded:
     """An upstream that gets no samples for a while after it failed several times in a row.
 
-    A late answer is a failure only if the sample had more than twice the median of recent times.
+    A sample is patient if it has more than twice the median of the last known durations. A late
+    answer to another one is no failure, and such a one tries an open circuit only if no patient one
+    did for a while.
     """
 
     def __init__(self, upstream: Upstream, name: str) -> None:
@@ -36,19 +40,20 @@ class Guarded:
     async def forward(self, arrays: tuple[np.ndarray, ...], seconds: float) -> Told:
         """As `Upstream.forward`; `Unanswered("open")` while the circuit is open."""
         now = time.monotonic()
-        taken = [duration for when, duration in self._recent if now - when < _FRESH]
-        if seconds <= min(taken, default=0.0):
+        fresh = [duration for when, duration in self._recent if now - when < _FRESH]
+        if seconds <= min(fresh, default=0.0):
             # Not a failure of the next tier.
             raise Unanswered("late")
-        if not self._breaker.allows(now):
+        known = fresh or [duration for _, duration in self._recent]
+        patient = seconds > (2 * statistics.median(known) if known else _ENOUGH)
+        if not self._breaker.allows(now if patient else now - _FRESH):
             raise Unanswered("open")
         fields = {"next": self._name}
         try:
             told = await self._upstream.forward(arrays, seconds)
         except Unanswered as error:
-            fair = 2 * statistics.median(taken) if taken else 0.0
-            if str(error) != "late" or seconds > fair:
-                self._breaker.failed(time.monotonic())
+            if str(error) != "late" or patient:
+                self._breaker.failed(time.monotonic(), now)
                 if self._breaker.failures == 1:
                     fields["reason"] = str(error)
                     logger().warning("the next tier fails", extra={"fields": fields})

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
 from kserve.errors import InvalidInput
-from kserve.protocol.infer_type import to_http_parameters
+from kserve.protocol.infer_type import RequestedOutput, to_http_parameters
 
 from eejax.runtime import Manifest
+from eejax.server.parsing import cut, packed
 from eejax.tiers.codec import CODECS, Layout, decode
 from eejax.tiers.tier import Told
 
@@ -81,11 +82,16 @@ class Reader(NamedTuple):
         Raises:
           InvalidInput: if it is none for this server; one line.
         """
-        parameters = to_http_parameters(request.parameters or {})
+        parameters = request.parameters or {}
+        if not isinstance(parameters, Mapping):
+            raise InvalidInput("parameters are no object.")
+        parameters = to_http_parameters(parameters)
+        _wanted(request)
         name = FEATURES if self.stage else IMAGES
-        if [tensor.name for tensor in request.inputs] != [name]:
-            names = [tensor.name for tensor in request.inputs][:8]
-            raise InvalidInput(f"inputs {names}; give one, {name!r}.")
+        names = [tensor.name for tensor in request.inputs]
+        if names != [name]:
+            first = f", the first {cut(names[0])}" if names else ""
+            raise InvalidInput(f"{len(names)} inputs{first}; give one, {name!r}.")
         array = _array(request.inputs[0])
         seconds = self._seconds(parameters, remaining)
         if self.stage:
@@ -101,12 +107,14 @@ class Reader(NamedTuple):
     def _features(self, array: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
         expected = {"stage": self.stage, "artifact": self.manifest.sha256}
         for key, value in expected.items():
-            if parameters.get(key) != value:
-                raise InvalidInput(f"{key} {str(parameters.get(key))[:80]!r}; expected {value!r}.")
+            given = parameters.get(key)
+            # True is equal to 1.
+            if type(given) is not type(value) or given != value:
+                raise InvalidInput(f"{key} {cut(given)}; expected {value!r}.")
         codec = parameters.get("codec")
         if codec not in CODECS or array.ndim != 2 or len(array) != 1:
             raise InvalidInput(
-                f"features of shape {list(array.shape)} by the codec {str(codec)[:80]!r}; give "
+                f"features of shape {list(array.shape)} by the codec {cut(codec)}; give "
                 f"[1, bytes] by one of {', '.join(CODECS)}."
             )
         try:
@@ -117,14 +125,14 @@ class Reader(NamedTuple):
     def _seconds(self, parameters: Mapping[str, Any], remaining: float | None) -> float:
         seconds = self.seconds if remaining is None else min(remaining, self.seconds)
         if "deadline_ms" in parameters:
+            value = parameters["deadline_ms"]
             try:
-                given = float(parameters["deadline_ms"])
-            except (TypeError, ValueError):
+                given = math.nan if isinstance(value, bool) else float(value)
+            except (TypeError, ValueError, OverflowError):
                 given = math.nan
             if not given > 0:
                 raise InvalidInput(
-                    f"deadline_ms {str(parameters['deadline_ms'])[:80]!r}; give a positive number "
-                    "of milliseconds."
+                    f"deadline_ms {cut(value)}; give a positive number of milliseconds."
                 )
             seconds = min(seconds, 1e-3 * given)
         return seconds
@@ -159,7 +167,7 @@ def response(
         "partial": [answer.partial for answer in told],
         "levels": [answer.level for answer in told],
         "tiers": [answer.tier for answer in told],
-        "certified": [certified and not (answer.partial or answer.level) for answer in told],
+        "certified": [certified and answer.chosen and not answer.partial for answer in told],
     }
     # Its class declares a method of this name, too.
     binary: Any = request.from_grpc
@@ -172,9 +180,7 @@ def response(
     parameters = {"artifact": artifact}
     if reasons := sorted({answer.fallback for answer in told if answer.fallback}):
         parameters["fallback"] = ",".join(reasons)
-    wanted = [output.name for output in request.request_outputs or ()]
-    if unknown := sorted(set(wanted) - _OUTPUTS.keys()):
-        raise InvalidInput(f"no output {unknown[0][:80]!r}; there are {', '.join(_OUTPUTS)}.")
+    wanted = _wanted(request)
     return InferResponse(
         response_id=request.id or "",
         model_name=request.model_name,
@@ -182,26 +188,34 @@ def response(
         parameters=parameters,
         from_grpc=binary,
         use_binary_outputs=request.use_binary_outputs,
-        requested_outputs=request.request_outputs,
+        requested_outputs=list(wanted.values()),
     )
+
+
+def _wanted(request: InferRequest) -> dict[str, RequestedOutput]:
+    """The outputs that are asked for, each once; none for all."""
+    wanted: dict[str, RequestedOutput] = {}
+    for output in request.request_outputs or ():
+        if not isinstance(output.name, str) or output.name not in _OUTPUTS:
+            raise InvalidInput(f"no output {cut(output.name)}; there are {', '.join(_OUTPUTS)}.")
+        wanted.setdefault(output.name, output)
+    return wanted
 
 
 def _array(tensor: InferInput) -> np.ndarray:
     if tensor.datatype != "UINT8":
-        raise InvalidInput(f"{tensor.name} of {tensor.datatype[:20]}; give UINT8.")
+        raise InvalidInput(f"{cut(tensor.name)} of {cut(tensor.datatype)}; give UINT8.")
+    # None for bytes.
+    data: Any = tensor.data
+    if data is not None and len(data):
+        whole = packed(list(data), list(tensor.shape))
+        return np.frombuffer(whole, np.uint8).reshape(tensor.shape)
     try:
         if min(tensor.shape, default=0) < 0:
             raise ValueError
-        data: Any = tensor.data
-        if data is None or not len(data):
-            return tensor.as_numpy()
-        numbers = np.asarray(data).reshape(tensor.shape)
-        # A cast would take 1.5 and 257 for numbers of pixels, too.
-        if numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() > 255:
-            raise ValueError
-        return numbers.astype(np.uint8)
+        return tensor.as_numpy()
     except (ValueError, TypeError, OverflowError):
         raise InvalidInput(
-            f"{tensor.name} is not what its shape {str(tensor.shape)[:80]} says; give as many "
+            f"{tensor.name} is not what its shape {cut(list(tensor.shape))} says; give as many "
             "whole numbers from 0 to 255."
         ) from None

@@ -26,6 +26,7 @@ from eejax.runtime.manifest import read
 from eejax.server import messages
 from eejax.server.guarded import Guarded
 from eejax.server.messages import Reader
+from eejax.server.parsing import parsed
 from eejax.server.rest import STATUS
 from eejax.server.security import Limits
 from eejax.serving import Refusal
@@ -184,11 +185,7 @@ class Group:
         body = await request.body()
         if len(body) > self._limits.message:
             raise InvalidInput(f"give {self._limits.message:,} bytes at most.")
-        try:
-            length = int(request.headers.get(_LENGTH, len(body)))
-            return InferRequest.from_bytes(body, length, "model")
-        except Exception as error:  # of whatever a body can hold
-            raise InvalidInput("this is no inference request.") from error
+        return parsed(body, request.headers.get(_LENGTH), "model")
 
     async def _told(self, samples: Sequence[tuple[np.ndarray, ...]], seconds: float) -> list[Told]:
         try:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
-import uvicorn
+import orjson
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from kserve import InferResponse
 from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady, ServerNotReady
 from kserve.protocol.dataplane import DataPlane
-from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
+from kserve.protocol.rest.v2_endpoints import V2Endpoints
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from eejax.server.connections import listener
 from eejax.server.metrics import Metrics, logger
-from eejax.server.security import Limits, Tls, Tokens
+from eejax.server.parsing import parsed
+from eejax.server.security import Limits, Tokens
 from eejax.serving import Refusal
 
 # Of a refusal.
@@ -27,8 +28,11 @@ STATUS = {"full": 429, "late": 429, "closed": 503, "failed": 500}
 # Probes have no token.
 _OPEN = ("/v2/health/live", "/v2/health/ready")
 _METRICS = "/metrics"
-# The length of the JSON before binary data.
-_BINARY = b"inference-header-content-length"
+_LENGTH = "inference-header-content-length"
+# Bytes of a body above which it is parsed in a thread.
+_INLINE = 64 << 10
+# Bytes of a refused request that are read, so that the client sees the answer.
+_DISCARDED = 64 << 20
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -46,11 +50,34 @@ def application(plane: DataPlane, metrics: Metrics, limits: Limits, tokens: Toke
       tokens: that clients need; None for none.
     """
     app = FastAPI(title="eejax", docs_url=None, redoc_url=None, openapi_url=None)
-    register_v2_endpoints(app, plane, None)
+    _describe(app, plane)
+    # Large bodies one after the other, because each needs many times its size.
+    large = asyncio.Lock()
 
     @app.get(_METRICS)
     async def _metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.post("/v2/models/{name}/infer")
+    async def _infer(name: str, request: Request) -> Response:
+        body, header = await request.body(), request.headers.get(_LENGTH)
+        try:
+            if not await plane.model_ready(name, True):
+                raise ModelNotReady(name)
+            if len(body) <= _INLINE:
+                asked = parsed(body, header, name)
+            else:
+                async with large:
+                    asked = await asyncio.to_thread(parsed, body, header, name)
+        except (InvalidInput, ModelNotFound):
+            metrics.refused("invalid")
+            raise
+        response, _ = await plane.infer(name, asked)
+        assert isinstance(response, InferResponse)
+        content, length = response.to_rest()
+        if length is None:
+            return Response(orjson.dumps(content), media_type="application/json")
+        return Response(content, 200, {_LENGTH: str(length)}, "application/octet-stream")
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
@@ -63,23 +90,43 @@ def application(plane: DataPlane, metrics: Metrics, limits: Limits, tokens: Toke
     def answer(status: int) -> Any:
         async def handler(request: Request, error: Exception) -> Response:
             del request
-            return JSONResponse({"error": str(error)}, status)
+            # A name in it can be as long as a path.
+            return JSONResponse({"error": " ".join(str(error).split())[:300]}, status)
 
         return handler
 
-    async def malformed(request: Request, error: Exception) -> Response:
-        del request, error
+    async def nothing_there(request: Request, error: Exception) -> Response:
+        del request
         metrics.refused("invalid")
-        text = "this is no inference request of the Open Inference Protocol V2."
-        return JSONResponse({"error": text}, 400)
+        status = getattr(error, "status_code", 404)
+        return JSONResponse({"error": "there is no such endpoint."}, status)
 
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(InvalidInput, answer(400))
     app.add_exception_handler(ModelNotFound, answer(404))
     app.add_exception_handler(ModelNotReady, answer(503))
     app.add_exception_handler(ServerNotReady, answer(503))
-    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(404, nothing_there)
+    app.add_exception_handler(405, nothing_there)
     return Guard(app, limits, tokens, metrics)
+
+
+def _describe(app: FastAPI, plane: DataPlane) -> None:
+    """The protocol's endpoints for GET; versions of a model and the repository are left out."""
+    endpoints = V2Endpoints(plane)
+
+    async def model(name: str) -> Any:
+        return await endpoints.model_metadata(name)
+
+    async def model_ready(name: str) -> Any:
+        return await endpoints.model_ready(name)
+
+    app.add_api_route("/v2", endpoints.metadata)
+    app.add_api_route("/v2/health/live", endpoints.live)
+    app.add_api_route("/v2/health/ready", endpoints.ready)
+    app.add_api_route("/v2/models", endpoints.models)
+    app.add_api_route("/v2/models/{name}", model)
+    app.add_api_route("/v2/models/{name}/ready", model_ready)
 
 
 class Guard:
@@ -96,38 +143,41 @@ class Guard:
             return
         path = scope["path"]
         headers = dict(scope["headers"])
-        if _BINARY not in headers:
-            # Clients that send JSON and do not say so are meant to be understood.
-            others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
-            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
-        allowed = self._tokens is None or self._tokens.allow(headers.get(b"authorization"))
-        if path not in _OPEN and not allowed:
+        incoming = _Incoming(receive, scope["state"]["begun"] + self._limits.reading)
+        if path in _OPEN:
+            # Even if all places are taken.
+            if scope["method"] == "GET":
+                await self._app(scope, _given(b""), send)
+            else:
+                await _error(send, 405, "give GET.", incoming)
+        elif self._tokens is not None and not self._tokens.allow(headers.get(b"authorization")):
             self._metrics.refused("unauthenticated")
-            await _error(send, 401, "a bearer token is needed.")
-            return
-        if path.startswith("/v2/repository"):
-            await _error(send, 404, "models are neither loaded nor unloaded from outside.")
-            return
-        if self._under_way >= self._limits.requests:
+            await _error(send, 401, "a bearer token is needed.", incoming)
+        elif path.startswith("/v2/repository"):
+            text = "models are neither loaded nor unloaded from outside."
+            await _error(send, 404, text, incoming)
+        elif self._under_way >= self._limits.requests:
             self._metrics.refused("full")
-            await _error(send, 429, "too many requests are under way; try again later.")
-            return
-        self._under_way += 1
-        try:
-            await self._let_in(scope, receive, send)
-        finally:
-            self._under_way -= 1
+            text = "too many requests are under way; try again later."
+            await _error(send, 429, text, incoming)
+        else:
+            self._under_way += 1
+            try:
+                await self._let_in(scope, incoming, send)
+            finally:
+                self._under_way -= 1
 
-    async def _let_in(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _let_in(self, scope: Message, incoming: _Incoming, send: Send) -> None:
+        receive = incoming.receive
         try:
-            async with asyncio.timeout(self._limits.reading):
-                body = await _body(receive, dict(scope["headers"]), self._limits.message)
+            body = await incoming.body(dict(scope["headers"]), self._limits.message)
         except TimeoutError:
             await _error(send, 408, "the request did not come in time.")
             return
         except OverflowError:
             self._metrics.refused("invalid")
-            await _error(send, 413, f"give {self._limits.message:,} bytes at most.")
+            text = f"give {self._limits.message:,} bytes at most."
+            await _error(send, 413, text, incoming)
             return
         if body is None:
             return
@@ -157,22 +207,41 @@ class Guard:
                 task.cancel()
 
 
-async def _body(receive: Receive, headers: dict[bytes, bytes], most: int) -> bytes | None:
-    """The body of a request; None if the client is gone; OverflowError if it is too long."""
-    length = headers.get(b"content-length", b"0")
-    if not length.isdigit() or int(length) > most:
-        raise OverflowError
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
+class _Incoming:
+    """The body of a request, and the time until which it has to be there."""
+
+    def __init__(self, receive: Receive, until: float) -> None:
+        self.receive, self._until, self._more = receive, until, True
+
+    async def body(self, headers: dict[bytes, bytes], most: int) -> bytes | None:
+        """All of it; None if the client is gone; OverflowError or TimeoutError."""
+        if int(headers.get(b"content-length", b"0")) > most:
             raise OverflowError
-        if not message.get("more_body", False):
-            return b"".join(parts)
+        parts, size = [], 0
+        async with asyncio.timeout_at(self._until):
+            while self._more:
+                part = await self._part()
+                if part is None:
+                    return None
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise OverflowError
+        return b"".join(parts)
+
+    async def discard(self) -> None:
+        """Reads what is left of it, within bounds: if a connection is closed before, clients that
+        are still sending lose the answer."""
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._until):
+                while self._more and size < _DISCARDED:
+                    size += len(await self._part() or b"")
+
+    async def _part(self) -> bytes | None:
+        message = await self.receive()
+        self._more = message.get("more_body", False)
+        return None if message["type"] == "http.disconnect" else message.get("body", b"")
 
 
 def _given(body: bytes) -> Receive:
@@ -191,79 +260,19 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _error(send: Send, status: int, text: str) -> None:
+async def _error(send: Send, status: int, text: str, incoming: _Incoming | None = None) -> None:
+    """Answers, reads what is still to come of the request, and closes the connection."""
     data = json.dumps({"error": text}).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     headers += [(b"content-length", str(len(data)).encode())]
     headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
+    headers += [(b"allow", b"GET")] if status == 405 else []
     headers += [(b"retry-after", b"1")] if status == 429 else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+    if incoming is not None:
+        await incoming.discard()
+    await send({"type": "http.response.body", "body": b""})
 
 
-def listener(app: App, limits: Limits, tls: Tls | None) -> uvicorn.Server:
-    """A server that is not yet started: `await server.serve(sockets=[...])`."""
-
-    # Connections that never brought a request, the oldest first.
-    silent: dict[H11Protocol, None] = {}
-
-    class Patient(H11Protocol):
-        """A connection that is closed if it brings no request for a while: uvicorn's own time runs
-        from the end of a request, and not from the beginning of a connection. Where there are too
-        many, the one that has been silent for longest is closed, so that newcomers get in."""
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            silent[self] = None
-            if len(self.connections) > limits.connections:
-                oldest = next(iter(silent))
-                del silent[oldest]
-                oldest.transport.abort()
-            self._watch()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.cycle is not None:
-                silent.pop(self, None)
-
-        def _watch(self) -> None:
-            before = self.cycle
-            self._patience = self.loop.call_later(limits.reading, self._give_up, before)
-
-        def _give_up(self, before: Any) -> None:
-            if self.transport.is_closing():
-                return
-            idle = self.cycle is None or self.cycle.response_complete
-            if idle and self.cycle is before:
-                self.transport.abort()
-            else:
-                self._watch()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            silent.pop(self, None)
-            self._patience.cancel()
-            super().connection_lost(exc)
-
-    options: dict[str, Any] = {} if tls is None else tls.uvicorn()
-    config = uvicorn.Config(
-        app,
-        http=Patient,
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=int(limits.draining) + 1,
-        **options,
-    )
-    return _Server(config)
-
-
-class _Server(uvicorn.Server):
-    """Signals belong to who starts the server."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+__all__ = ["STATUS", "Guard", "application", "listener"]

@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import uvicorn
-from kserve.errors import InvalidInput
 from kserve.model_repository import ModelRepository
 from kserve.protocol.dataplane import DataPlane
 
 import eejax
 from eejax import runtime
+from eejax.runtime.manifest import sha256
 from eejax.server import rest, rpc
 from eejax.server.guarded import Guarded
 from eejax.server.messages import Reader
@@ -28,7 +28,7 @@ from eejax.server.metrics import Metrics, logger
 from eejax.server.model import EarlyExits
 from eejax.server.security import Limits, Tls, Tokens
 from eejax.server.upstream import Link, NextTier, Said
-from eejax.serving import Drift, Level, Scheduler, noise, watched, whole
+from eejax.serving import Drift, Level, Scheduler, Service, noise, watched, whole
 from eejax.tiers import Tier
 from eejax.tiers.codec import CODECS, layouts
 from eejax.tiers.prepare import prepare
@@ -82,11 +82,11 @@ class Ports(NamedTuple):
 class _Plane(DataPlane):
     """The protocol's implementation, with this server's own name and readiness."""
 
-    def __init__(self, model: EarlyExits, said: Said) -> None:
+    def __init__(self, model: EarlyExits, said: Said, service: Service) -> None:
         models = ModelRepository()
         models.update(model)
         super().__init__(models)
-        self._model, self._said = model, said
+        self._model, self._said, self._service = model, said, service
 
     def metadata(self) -> dict[str, Any]:
         """As the protocol has it."""
@@ -95,16 +95,7 @@ class _Plane(DataPlane):
 
     async def ready(self) -> bool:
         """Whether requests are taken."""
-        return self._model.ready
-
-    def decode(self, body: Any, headers: Any, *args: Any, **kwargs: Any) -> Any:
-        """A request, or `InvalidInput` whatever is wrong with it."""
-        try:
-            return super().decode(body, headers, *args, **kwargs)
-        except InvalidInput:
-            raise
-        except Exception as error:
-            raise InvalidInput("this is no inference request.") from error
+        return self._model.ready and not self._service.broke
 
 
 @contextlib.asynccontextmanager
@@ -118,6 +109,8 @@ async def serving(options: Options) -> AsyncIterator[tuple[Ports, Tier]]:
     """
     log = logger()
     artifact = runtime.load(options.artifact, options.threads)
+    if options.thresholds is not None:
+        artifact = _with_thresholds(artifact, options.thresholds)
     manifest = artifact.manifest
     exits = manifest.num_exits
     first, end = options.stages or (0, exits)
@@ -133,10 +126,6 @@ async def serving(options: Options) -> AsyncIterator[tuple[Ports, Tier]]:
     sizes = (options.tile, limits.requests)
     stages, service = await asyncio.to_thread(prepare, artifact, first, end, *sizes)
     layout, core = layouts(artifact)[first], service.scheduler
-    own = options.thresholds is None
-    if not own:
-        _, thresholds = artifact.checked(noise(manifest.image, 1), options.thresholds)
-        core.follow(stages.here([Level(thresholds, np.ones(exits - 1))]))
     metrics = Metrics(core)
     async with contextlib.AsyncExitStack() as stack:
         upstream = None
@@ -148,13 +137,12 @@ async def serving(options: Options) -> AsyncIterator[tuple[Ports, Tier]]:
         tier = Tier(stages, service, upstream)
         reader = Reader(manifest, first, layout, limits.batch, limits.seconds)
         model = EarlyExits(options.name, tier, manifest, reader, metrics)
-        model.certified &= own
         # Later tiers do not know by which thresholds a sample came to them.
-        watches = first == 0 and own and options.delta > 0
+        watches = first == 0 and options.delta > 0
         drift = watched(manifest, options.delta) if watches else None
         if drift is not None:
             core.decided = _noted(drift, model, metrics, core, stages.here(whole(exits)))
-        plane = _Plane(model, Said(manifest.sha256, first, options.codecs))
+        plane = _Plane(model, Said(manifest.sha256, first, options.codecs), service)
         ports = await _listen(stack, options, plane, model, metrics)
         model.ready = True
         fields = {"host": options.host, **ports._asdict(), "stages": f"{first}:{end}"}
@@ -165,6 +153,20 @@ async def serving(options: Options) -> AsyncIterator[tuple[Ports, Tier]]:
             model.ready = False
             log.info("draining", extra={"fields": {"under_way": core.under_way}})
     log.info("stopped")
+
+
+def _with_thresholds(artifact: runtime.Runtime, thresholds: Sequence[float]) -> runtime.Runtime:
+    """The artifact with other thresholds, which makes it another one, without certificate."""
+    manifest = artifact.manifest
+    _, own = artifact.checked(noise(manifest.image, 1), thresholds)
+    left_out = ("certificate", "levels")
+    changed = dataclasses.replace(
+        manifest,
+        sha256=sha256(manifest.sha256.encode() + own.tobytes()),
+        thresholds=own,
+        content={key: part for key, part in manifest.content.items() if key not in left_out},
+    )
+    return dataclasses.replace(artifact, manifest=changed)
 
 
 def _noted(
@@ -199,22 +201,27 @@ async def _listen(
     place = _socket(options.host, options.rest)
     web = rest.listener(rest.application(plane, metrics, limits, tokens), limits, tls)
     task = asyncio.create_task(web.serve(sockets=[place]))
-    stack.push_async_callback(_ended, web, task)
     while not (web.started or task.done()):
         await asyncio.sleep(0.01)
     server = rpc.listener(rpc.Servicer(plane, model, metrics), limits, tokens, metrics)
-    address = f"[{options.host}]" if ":" in options.host else options.host
-    address += f":{options.grpc}"
+    # By number: gRPC would listen at all that a name stands for.
+    host, rest_port = place.getsockname()[:2]
+    address = f"[{host}]:{options.grpc}" if ":" in host else f"{host}:{options.grpc}"
     try:
         if tls is None:
             port = server.add_insecure_port(address)
         else:
             port = server.add_secure_port(address, tls.server())
     except RuntimeError as error:
+        await _ended(web, task)
         raise OSError(f"cannot listen at {address}: {error}") from error
     await server.start()
-    stack.push_async_callback(server.stop, limits.draining)
-    return Ports(place.getsockname()[1], port)
+
+    async def end() -> None:
+        await asyncio.gather(_ended(web, task), server.stop(limits.draining))
+
+    stack.push_async_callback(end)
+    return Ports(rest_port, port)
 
 
 def _socket(host: str, port: int) -> socket.socket:
@@ -246,10 +253,18 @@ async def serve(options: Options) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    async with serving(options):
+    async with serving(options) as (_, tier):
+        # A full collection looks at all that was imported, for longer than many a deadline: 35 ms.
+        gc.collect()
+        gc.freeze()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _signalled, stop, number)
-        await stop.wait()
+        # Whoever started it has to learn that it can serve no more.
+        while not (stop.is_set() or tier.service.broke):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), 1.0)
+        if tier.service.broke:
+            logger().critical("the service broke")
 
 
 def _signalled(stop: asyncio.Event, number: int) -> None:

@@ -16,7 +16,7 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceSt
 from eejax.runtime import Manifest
 from eejax.server.messages import FEATURES
 from eejax.server.metrics import logger
-from eejax.tiers.codec import CODECS, encode
+from eejax.tiers.codec import CODECS, LOSSLESS, encode
 from eejax.tiers.tier import Told, Unanswered
 
 _MOST_TIERS = 16
@@ -29,6 +29,13 @@ _OF_STATUS = {
     StatusCode.UNAUTHENTICATED: "refused",
     StatusCode.PERMISSION_DENIED: "refused",
 }
+# After these another server may be there.
+_FORGET = (
+    StatusCode.UNAVAILABLE,
+    StatusCode.INVALID_ARGUMENT,
+    StatusCode.NOT_FOUND,
+    StatusCode.FAILED_PRECONDITION,
+)
 
 
 class Said(NamedTuple):
@@ -90,8 +97,10 @@ class NextTier:
           most: bytes in a message.
 
         Raises:
-          ValueError: if a codec is unknown.
+          ValueError: if a codec is unknown, or the token is not printable ASCII without spaces.
         """
+        if not all("!" <= character <= "~" for character in link.token or ""):
+            raise ValueError("the token of the next tier; give one of printable ASCII, no spaces.")
         if unknown := set(link.codecs) - set(CODECS) or not link.codecs:
             raise ValueError(f"codecs {unknown}; give some of {', '.join(CODECS)}.")
         self._link, self._manifest, self._stage = link, manifest, stage
@@ -127,20 +136,26 @@ class NextTier:
         """
         due = time.monotonic() + seconds
         try:
-            codec = await self._agreed(due)
-            request = self._request(arrays, codec, due)
-            left = due - time.monotonic()
-            if left <= 0:
-                raise Unanswered("late")
-            response = await self._stub.ModelInfer(request, timeout=left, metadata=self._metadata)
+            async with asyncio.timeout(seconds):
+                codec = await self._agreed(due)
+                request = self._request(arrays, codec, due)
+                left = due - time.monotonic()
+                if left <= 0:
+                    raise Unanswered("late")
+                call = self._stub.ModelInfer(request, timeout=left, metadata=self._metadata)
+                told = _told(await call, self._manifest, self._stage)
+            return told._replace(chosen=told.chosen and codec in LOSSLESS)
+        except Unanswered:
+            raise
+        except TimeoutError as error:
+            raise Unanswered("late") from error
         except grpc.aio.AioRpcError as error:
-            if error.code() == StatusCode.UNAVAILABLE:
-                # Whoever is there afterwards may be another.
+            if error.code() in _FORGET:
                 self._codec = None
             raise Unanswered(_OF_STATUS.get(error.code(), "garbage")) from error
-        try:
-            return _told(response, self._manifest, self._stage)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except Exception as error:  # whatever it is, this tier answers
+            fields = {"next": self._link.address, "error": repr(error)[:200]}
+            logger().error("the next tier cannot be asked or understood", extra={"fields": fields})
             raise Unanswered("garbage") from error
 
     async def _agreed(self, due: float) -> str:
@@ -158,7 +173,11 @@ class NextTier:
                 raise Unanswered("garbage") from error
             common = [codec for codec in self._link.codecs if codec in said.codecs]
             if (said.artifact, said.stage) != (self._manifest.sha256, self._stage) or not common:
-                fields = {"next": self._link.address, "stage": said.stage, "codecs": said.codecs}
+                fields = {
+                    "next": self._link.address,
+                    "stage": said.stage,
+                    "codecs": said.codecs[:8],
+                }
                 logger().error("the next tier is of other stages", extra={"fields": fields})
                 raise Unanswered("other")
             self._codec = common[0]
@@ -191,7 +210,7 @@ def _told(response: Any, manifest: Manifest, stage: int) -> Told:
     }
     (logits,) = rows["logits"]
     ((exit_, level, tier),) = zip(rows["exits"], rows["levels"], rows["tiers"], strict=True)
-    (partial,) = rows["partial"]
+    ((partial, certified),) = zip(rows["partial"], rows["certified"], strict=True)
     if logits.shape != (len(manifest.classes),) or not np.isfinite(logits).all():
         raise ValueError("logits that are none")
     if not (stage <= exit_ < manifest.num_exits and level >= 0 and 0 <= tier < _MOST_TIERS):
@@ -199,7 +218,8 @@ def _told(response: Any, manifest: Manifest, stage: int) -> Told:
     fallback = response.parameters["fallback"].string_param
     if fallback and fallback not in _REASONS:
         raise ValueError("a reason that is none")
-    return Told(logits, int(exit_), bool(partial), int(level), int(tier), fallback)
+    chosen = bool(certified)  # without a certificate nobody asks
+    return Told(logits, int(exit_), bool(partial), int(level), chosen, int(tier), fallback)
 
 
 _DTYPES = {"INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_}

@@ -1,8 +1,8 @@
 """Which samples run next, who is answered, and who is refused: serving without a clock or threads.
 
 Every sample has a deadline. Samples of many requests wait before the stage that they reached, and
-run in tiles. Whoever is accepted gets an answer until its deadline: of its own exit, or the best
-one so far.
+run in tiles. Whoever is accepted gets an answer until its deadline, of its own exit or the best
+one so far, if stages take as long as they lately did, and no tile fails.
 
 - **Refused at once** is a sample for which there is no place, or whose first exit could not be
   reached in time behind those that wait.
@@ -13,21 +13,24 @@ one so far.
 - **The next tile** never makes a sample late that waits for its first exit. Within that, a stage
   with a full tile comes first, the last such stage; otherwise the stage whose sample is due first.
   Nothing waits for a tile to fill.
+- **Times are doubted.** A stage that would come too late by its time, and has not run for a while,
+  runs all the same: otherwise one slow moment would be believed for ever.
 """
 
 from __future__ import annotations
 
 import bisect
-import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-# Arrivals by which their rate is judged.
-RECENT = 64
+# Samples in whose time, if they were served, the rate of arrivals is averaged: so many that one
+# request of a tile is no rate.
+RECENT = 256
 # How much longer than in full tiles first exits may take where more than a tile waits.
 WASTE = 1.25
 
@@ -53,6 +56,7 @@ class Answer(NamedTuple):
       exit: 0-based.
       partial: whether it would have gone on, if there had been time, or further stages here.
       level: at which its exit was decided; 0 for the thresholds that were chosen.
+      chosen: whether the chosen thresholds alone decided, at this exit and all before it.
       arrays: what the next stage reads, each `[1, ...]`, if that is not one of the S; else empty.
     """
 
@@ -60,6 +64,7 @@ class Answer(NamedTuple):
     exit: int
     partial: bool
     level: int
+    chosen: bool = True
     arrays: tuple[np.ndarray, ...] = ()
 
 
@@ -86,6 +91,7 @@ class Sample:
     Attributes:
       arrays: what its next stage reads, each `[m, ...]`, together with m - 1 others.
       row: its own, there.
+      together: who waits with rows of the same arrays.
       due: its deadline, in the seconds of the caller's clock.
       tell: gets the answer or the refusal, once.
       number: by which samples with the same deadline are served in order.
@@ -102,6 +108,7 @@ class Sample:
     due: float
     tell: Callable[[Answer | Refusal], None]
     number: int
+    together: set[Sample]
     stage: int = 0
     best: Answer | None = None
     waits: bool = False
@@ -118,25 +125,25 @@ class Work(NamedTuple):
       samples: n of them.
       level: the level's number.
       thresholds: `[E - 1]`.
+      sources: arrays `[m, ...]` and the rows of them, which make the tile, in the order of the
+        samples.
     """
 
     stage: int
     samples: tuple[Sample, ...]
     level: int
     thresholds: np.ndarray
+    sources: list[tuple[tuple[np.ndarray, ...], list[int]]]
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What the stage reads, each `[n, ...]`."""
-        first = self.samples[0].arrays
+        first, _ = self.sources[0]
         tile = tuple(np.empty((len(self.samples), *a.shape[1:]), a.dtype) for a in first)
         start = 0
-        # Samples that came out of a tile together are picked together, and copied once.
-        for _, together in itertools.groupby(self.samples, lambda sample: id(sample.arrays)):
-            samples = list(together)
-            rows = [sample.row for sample in samples]
+        for arrays, rows in self.sources:
             end = start + len(rows)
-            for source, to in zip(samples[0].arrays, tile, strict=True):
+            for source, to in zip(arrays, tile, strict=True):
                 if source.shape[1:] != to.shape[1:] or source.dtype != to.dtype:
                     raise ValueError(f"a sample of {source.dtype} {source.shape[1:]}")
                 # Other modes than "raise" copy without a detour.
@@ -176,6 +183,7 @@ class Scheduler:
         tile: int = 64,
         capacity: int = 1024,
         decided: Callable[[int, bool], None] = lambda stage, goes_on: None,
+        doubt: float = 1.0,
     ) -> None:
         """Without samples.
 
@@ -187,6 +195,8 @@ class Scheduler:
           capacity: samples under way, at most.
           decided: called with the stage, and whether the sample goes on, for every sample that the
             chosen thresholds alone have decided so far: what a drift monitor watches.
+          doubt: seconds after which a stage that has not run is tried, whatever its time; a sample
+            that is accepted for that may be late.
 
         Raises:
           ValueError: if there is no level, their lengths differ, or a number is less than 1.
@@ -201,8 +211,12 @@ class Scheduler:
         self._waiting: list[list[tuple[float, int, Sample]]] = [[] for _ in range(stages)]
         self._free_at = 0.0
         self._numbers = itertools.count()
-        self._arrivals: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._under_way = 0
+        self._doubt = doubt
+        # When each stage ran last; their times are new to begin with.
+        self._ran: list[float] = []
+        # Of arrivals: a second, averaged over a span; when it was so.
+        self._rate, self._span, self._at = 0.0, 0.0, 0.0
 
     def follow(self, levels: Sequence[Level]) -> None:
         """Replaces the path for what runs from now on.
@@ -244,13 +258,19 @@ class Scheduler:
         Raises:
           Refusal: if there is no place, or no time for its first exit.
         """
-        self._arrivals.append(now)
+        self._ran = self._ran or [now] * len(self._waiting)
+        if self._span:
+            self._rate = self._rate_at(now) + 1 / self._span
+        self._at = now
         if self._under_way >= self.capacity:
             raise Refusal("full", f"{self.capacity} samples are under way; try again later.")
-        sample = Sample(arrays, 0, due, tell, next(self._numbers))
+        sample = Sample(arrays, 0, due, tell, next(self._numbers), set())
         self._push(sample)
         # Nobody that was accepted may be late for it, nor may it be late itself.
-        if not self._fits(max(now, self._free_at) if self.now_running else now):
+        if not (
+            self._fits(max(now, self._free_at) if self.now_running else now)
+            or (not self._under_way and now - self._ran[0] >= self._doubt)
+        ):
             self._pull(sample)
             raise Refusal("late", "the load leaves no time until the deadline; try again later.")
         self._under_way += 1
@@ -263,6 +283,7 @@ class Scheduler:
             self._under_way -= 1
             if sample.waits:
                 self._pull(sample)
+                _trim(sample.together)
 
     def expire(self, now: float) -> None:
         """Tells those whose deadline has come; one that has no answer yet waits for its tile."""
@@ -292,10 +313,18 @@ class Scheduler:
             return None
         samples = self._tile(stage, now, seconds[stage])
         level = self._level(now, seconds)
-        for sample in samples:
-            self._pull(sample)
+        sources = []
+        # Samples that came out of a tile together are picked together.
+        for _, group in itertools.groupby(samples, lambda sample: id(sample.arrays)):
+            picked = list(group)
+            sources.append((picked[0].arrays, [sample.row for sample in picked]))
+            for sample in picked:
+                self._pull(sample)
+            _trim(picked[0].together)
         self._free_at = now + seconds[stage, len(samples)]
-        self.now_running = Work(stage, samples, level, self.levels[level].thresholds)
+        self._ran[stage] = now
+        thresholds = self.levels[level].thresholds
+        self.now_running = Work(stage, samples, level, thresholds, sources)
         return self.now_running
 
     def done(self, result: StageResult, now: float) -> None:
@@ -308,8 +337,8 @@ class Scheduler:
         ):
             if not sample.open:
                 continue
-            answer = Answer(result.logits[i], work.stage, not leaves, work.level)
             sample.chosen &= work.level == 0
+            answer = Answer(result.logits[i], work.stage, not leaves, work.level, sample.chosen)
             if sample.chosen:
                 self.decided(work.stage, not leaves)
             if leaves or sample.due <= now:
@@ -321,13 +350,11 @@ class Scheduler:
                 sample.best, sample.stage = answer, work.stage + 1
                 stays.append(sample)
                 rows.append(i)
-        arrays = result.arrays
-        if 2 * len(rows) < len(work.samples):
-            # A copy, so that what those who left read is free.
-            arrays, rows = tuple(array[rows] for array in arrays), range(len(rows))
+        together = set(stays)
         for row, sample in zip(rows, stays, strict=True):
-            sample.arrays, sample.row = arrays, row
+            sample.arrays, sample.row, sample.together = result.arrays, row, together
             self._push(sample)
+        _trim(together)
 
     def failed(self, words: str) -> None:
         """The tile that ran has failed: its samples run again, each alone; one that was alone is
@@ -337,7 +364,7 @@ class Scheduler:
             if not sample.open:
                 continue
             if len(work.samples) > 1:
-                sample.alone = True
+                sample.alone, sample.together = True, {sample}
                 self._push(sample)
             elif sample.best is not None:
                 self._tell_best(sample)
@@ -369,7 +396,7 @@ class Scheduler:
         """Tells those their best answer for whom this stage would come too late, or in time only
         with less than half of the tile that could run."""
         queue = self._waiting[stage]
-        while queue:
+        while queue and now - self._ran[stage] < self._doubt:
             size = min(len(queue), self.tile)
             if 2 * _largest(seconds, queue[0][0] - now) >= size:
                 break
@@ -414,11 +441,14 @@ class Scheduler:
         size = min(max(len(dues), 1), self.tile)
         each = self._reach @ (seconds[:, size] / size)  # [L, S]
         ends = now + np.cumsum(each[:, stages.astype(int)], axis=1)
-        enough = (ends <= dues).all(axis=1)
-        if len(self._arrivals) == RECENT and now > self._arrivals[0]:
-            rate = RECENT / (now - self._arrivals[0])
-            enough &= rate * (self._reach[:, 0] @ (seconds[:, -1] / self.tile)) <= 1
+        served = self._reach[:, 0] @ (seconds[:, -1] / self.tile)  # [L]
+        self._span = RECENT * float(served[0])
+        enough = (ends <= dues).all(axis=1) & (self._rate_at(now) * served <= 1)
         return int(enough.argmax()) if enough.any() else len(self.levels) - 1
+
+    def _rate_at(self, now: float) -> float:
+        """Arrivals a second, each weighted the less the longer ago it was."""
+        return self._rate * math.exp((self._at - now) / self._span) if self._span else 0.0
 
     def _ended(self) -> Work:
         work, self.now_running = self.now_running, None
@@ -428,11 +458,13 @@ class Scheduler:
     def _push(self, sample: Sample) -> None:
         bisect.insort(self._waiting[sample.stage], (sample.due, sample.number, sample))
         sample.waits = True
+        sample.together.add(sample)
 
     def _pull(self, sample: Sample) -> None:
         queue = self._waiting[sample.stage]
         del queue[bisect.bisect_left(queue, (sample.due, sample.number))]
         sample.waits = False
+        sample.together.discard(sample)
 
     def _tell_best(self, sample: Sample) -> None:
         assert sample.best is not None
@@ -441,6 +473,19 @@ class Scheduler:
     def _tell(self, sample: Sample, answer: Answer | Refusal) -> None:
         self.leave(sample)
         sample.tell(answer)
+
+
+def _trim(together: set[Sample]) -> None:
+    """Copies the rows of those that wait, if they are fewer than half, so that the others' are
+    free."""
+    some = next(iter(together), None)
+    if some is None or 2 * len(together) >= len(some.arrays[0]):
+        return
+    samples = list(together)
+    rows = [sample.row for sample in samples]
+    arrays = tuple(array[rows] for array in some.arrays)
+    for row, sample in enumerate(samples):
+        sample.arrays, sample.row = arrays, row
 
 
 def _largest(seconds: np.ndarray, until: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import time
 from types import TracebackType
@@ -13,8 +14,13 @@ import numpy as np
 from eejax.serving.scheduler import Answer, Refusal, Scheduler, StageResult, Work
 from eejax.serving.times import Engine, StageTimes
 
-# Seconds before a deadline at which the best answer so far is handed over.
-RESERVE = 0.001
+# Seconds before a deadline at which the best answer so far is handed over, at least and at most.
+# In between it is as long as the event loop lately took to hand answers over, which under load has
+# other requests to look after, too.
+RESERVE, LONGEST = 0.001, 0.02
+# Of a deadline, at most.
+_SHARE = 0.2
+_RECENT, _QUANTILE = 64, 0.95
 
 
 class Service:
@@ -25,12 +31,15 @@ class Service:
     Attributes:
       scheduler: decides; it belongs to the event loop's thread.
       times: of the engine's stages; corrected here by what they take.
+      broke: whether it has ended by a mistake of its own, so that all are refused.
     """
 
     def __init__(self, engine: Engine, scheduler: Scheduler, times: StageTimes) -> None:
         self.scheduler, self.times = scheduler, times
         self._engine = engine
-        self._closed = False
+        self._closed = self.broke = False
+        self._lags: collections.deque[float] = collections.deque(maxlen=_RECENT)
+        self._reserve = RESERVE
         self._news = asyncio.Event()
         # One: an engine uses all cores.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "eejax-engine")
@@ -78,24 +87,36 @@ class Service:
                 told.set_result(answer)
 
         now = time.monotonic()
-        sample = self.scheduler.accept(arrays, now + seconds - RESERVE, tell, now)
+        due = now + seconds - min(self._reserve, max(_SHARE * seconds, RESERVE))
+        sample = self.scheduler.accept(arrays, due, tell, now)
         self._news.set()
         try:
-            return await told
+            answer = await told
         finally:
             self.scheduler.leave(sample)
+        lag = time.monotonic() - due
+        if answer.partial and lag > 0:
+            self._lags.append(lag)
+            longest = sorted(self._lags)[int(_QUANTILE * (len(self._lags) - 1))]
+            self._reserve = min(max(longest, RESERVE), LONGEST)
+        return answer
 
-    def _stage(self, work: Work) -> StageResult:
+    def _stage(self, work: Work) -> tuple[StageResult, float]:
+        """The result of a tile, and the seconds that it took."""
+        begin = time.perf_counter()
         result = self._engine.run_stage(work.stage, work.arrays, work.thresholds)
         # Here, where what is wrong is the tile's failure and not the loop's end.
         lengths = {len(array) for array in (result.logits, result.leaves, *result.arrays)}
         if lengths != {len(work.samples)}:
             raise ValueError(f"results for {lengths} samples of {len(work.samples)}")
-        return result
+        return result, time.perf_counter() - begin
 
     async def _run(self) -> None:
         try:
             await self._serve()
+        except BaseException:
+            self.broke = True
+            raise
         finally:
             # Whatever ends it, nobody waits for an answer that does not come.
             self._closed = True
@@ -111,16 +132,15 @@ class Service:
                     return
                 await self._news.wait()
                 continue
-            begin = time.perf_counter()
             job = loop.run_in_executor(self._thread, self._stage, work)
             while not job.done():
                 left = self.scheduler.wake() - time.monotonic()
                 await asyncio.wait([job], timeout=max(left, 0) if left < np.inf else None)
                 self.scheduler.expire(time.monotonic())
             try:
-                result = job.result()
+                result, seconds = job.result()
             except Exception as error:  # of any engine
                 self.scheduler.failed(str(error))
             else:
-                self.times.note(work.stage, len(work.samples), time.perf_counter() - begin)
+                self.times.note(work.stage, len(work.samples), seconds)
                 self.scheduler.done(result, time.monotonic())

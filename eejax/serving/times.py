@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from eejax.serving.scheduler import StageResult
 
-RECENT = 64
+# Runs of a stage with about so many samples, by which their time is corrected.
+RECENT = 16
 QUANTILE = 0.9
+# Seconds after which what a stage took is forgotten, if it has not run again: a stage that is
+# thought to be slow does not run, and nothing else would correct that.
+FRESH = 0.5
 
 
 class Engine(Protocol):
@@ -26,30 +30,50 @@ class Engine(Protocol):
 class StageTimes:
     """Seconds of each stage for each number of samples up to a tile.
 
-    A table is measured once; what stages took lately, over what the table says, corrects it. Both
-    are the 0.9 quantile, so that a promise made by them is mostly kept.
+    A table is measured once. What a stage took lately, over what the table says, corrects it for
+    about as many samples (between two powers of two: small tiles suffer more than large ones from
+    what else the machine does), until the stage has not run for half a second. Both are the 0.9
+    quantile, so that a promise made by them is mostly kept.
 
     Attributes:
       table: `[S, tile + 1]`, for 0, 1, ... samples.
     """
 
-    def __init__(self, table: np.ndarray) -> None:
+    def __init__(self, table: np.ndarray, clock: Callable[[], float] = time.monotonic) -> None:
         self.table = np.maximum.accumulate(table, axis=1)
-        self._ratios: list[collections.deque[float]] = [
-            collections.deque([1.0] * RECENT, RECENT) for _ in table
-        ]
+        self._clock = clock
+        stages, sizes = table.shape
+        self._buckets = np.array([size.bit_length() for size in range(sizes)])
+        self._factors = np.ones((stages, self._buckets[-1] + 1))
         self._seconds = self.table.copy()
+        # Of each stage and bucket, the last ratios; when each stage ran last, if it has any.
+        self._ratios: dict[tuple[int, int], collections.deque[float]] = {}
+        self._noted: dict[int, float] = {}
 
     def __call__(self) -> np.ndarray:
         """`[S, tile + 1]` seconds, as things are now."""
+        if self._noted:
+            before = self._clock() - FRESH
+            for stage in [e for e, when in self._noted.items() if when < before]:
+                del self._noted[stage]
+                self._ratios = {key: r for key, r in self._ratios.items() if key[0] != stage}
+                self._factors[stage] = 1.0
+                self._update(stage)
         return self._seconds
 
     def note(self, stage: int, samples: int, seconds: float) -> None:
         """Takes in what a stage took."""
-        ratios = self._ratios[stage]
+        self._noted[stage] = self._clock()
+        bucket = int(self._buckets[samples])
+        ratios = self._ratios.setdefault((stage, bucket), collections.deque([1.0] * RECENT, RECENT))
         ratios.append(seconds / self.table[stage, samples])
         # As np.quantile by its definition, which takes ten times as long.
-        self._seconds[stage] = self.table[stage] * sorted(ratios)[int(QUANTILE * (RECENT - 1))]
+        self._factors[stage, bucket] = sorted(ratios)[int(QUANTILE * (RECENT - 1))]
+        self._update(stage)
+
+    def _update(self, stage: int) -> None:
+        corrected = self.table[stage] * self._factors[stage, self._buckets]
+        self._seconds[stage] = np.maximum.accumulate(corrected)
 
 
 def measure(

@@ -37,7 +37,7 @@ class Breaker:
         """
         self.failures = 0
         self._most, self._first, self._longest, self._draw = most, first, longest, draw
-        self._again = 0.0
+        self._opened = self._again = 0.0
 
     def allows(self, now: float) -> bool:
         """Whether a call may be made; one that is let through an open circuit is the only one until
@@ -53,11 +53,18 @@ class Breaker:
         """Closes the circuit."""
         self.failures = 0
 
-    def failed(self, now: float) -> None:
-        """Counts a failure."""
+    def failed(self, now: float, begun: float) -> None:
+        """Counts a failure; while the circuit is open, only that of a call let through it.
+
+        Args:
+          now: when the call failed.
+          begun: when `allows` let it through.
+        """
+        if self.failures >= self._most and begun <= self._opened:
+            return
         self.failures += 1
         if self.failures >= self._most:
-            self._again = now + self._pause()
+            self._opened, self._again = now, now + self._pause()
 
     def _pause(self) -> float:
         longest = min(self._first * 2.0 ** min(self.failures - self._most, 30), self._longest)

@@ -8,7 +8,8 @@ head's logits) stays as it is, since decisions depend on it.
 int8 is symmetric, `x ~ q * scale`, with a scale for each channel of each sample: the largest
 magnitude over 127, as is usual for weights (Jacob et al., CVPR 2018,
 https://arxiv.org/abs/1712.05877). Channels are the first axis of a feature map, as ONNX holds it,
-and the last of tokens.
+and the last of tokens. An infinity becomes the largest finite magnitude of its channel, and a NaN
+0; the other codecs keep both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from eejax.runtime import Runtime
 
 CODECS = ("float32", "bfloat16", "int8", "float32+zstd", "bfloat16+zstd", "int8+zstd")
+LOSSLESS = ("float32", "float32+zstd")
 _SUFFIX = "+zstd"
 # Fast, and nearly as small as higher levels make features.
 _LEVEL = 1
@@ -78,7 +80,7 @@ def decode(data: bytes, layout: Layout, codec: str) -> tuple[np.ndarray, ...]:
       ValueError: if there is no such codec, or the bytes are not those of these arrays.
     """
     if codec not in CODECS:
-        raise ValueError(f"codec {codec!r}; give one of {', '.join(CODECS)}.")
+        raise ValueError(f"codec {codec[:80]!r}; give one of {', '.join(CODECS)}.")
     base = codec.removesuffix(_SUFFIX)
     sizes = [_size(array, base) for array in layout]
     if codec != base:
@@ -108,11 +110,17 @@ def _encoded(array: np.ndarray, base: str) -> bytes:
         return np.ascontiguousarray(array).tobytes()
     if base == "bfloat16":
         bits = np.ascontiguousarray(array).view(np.uint32)
-        # To the nearest, ties to even, as XLA rounds.
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+        # To the nearest, ties to even, as XLA rounds; a NaN would become infinity or 0.
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = np.where(np.isnan(array), (bits >> 16) | 0x40, rounded)
+        return rounded.astype("<u2").tobytes()
     others = tuple(axis for axis in range(array.ndim) if axis != _channels(array.shape))
-    scale = np.abs(array).max(others, keepdims=True) / np.float32(127)
-    values = np.rint(array / np.where(scale > 0, scale, 1)).astype(np.int8)
+    finite = np.nan_to_num(array, posinf=0, neginf=0)
+    largest = np.abs(finite).max(others, keepdims=True)
+    scale = largest / np.float32(127)
+    finite = np.nan_to_num(np.clip(array, -largest, largest))
+    # A subnormal scale is far from exact.
+    values = np.clip(np.rint(finite / np.where(scale > 0, scale, 1)), -127, 127).astype(np.int8)
     return scale.astype("<f4").tobytes() + values.tobytes()
 
 
@@ -126,7 +134,8 @@ def _decoded(data: bytes, array: Array, base: str) -> np.ndarray:
     channels = array.shape[axis]
     scale = np.frombuffer(data, "<f4", channels)
     values = np.frombuffer(data, np.int8, offset=4 * channels).reshape(array.shape)
-    return values * scale.reshape([channels if i == axis else 1 for i in range(values.ndim)])
+    with np.errstate(invalid="ignore", over="ignore"):  # scales are what came
+        return values * scale.reshape([channels if i == axis else 1 for i in range(values.ndim)])
 
 
 def _channels(shape: tuple[int, ...]) -> int:
@@ -137,9 +146,10 @@ def _channels(shape: tuple[int, ...]) -> int:
 def _decompressed(data: bytes, size: int) -> bytes:
     zstd = _zstd()
     try:
-        # What the frame says of its size is not believed: it would be allocated.
-        reader = zstd.ZstdDecompressor(max_window_size=1 << 23).stream_reader(data)
-        return reader.read(size + 1)
+        # A size in the frame, which may have none, would be allocated.
+        if zstd.frame_content_size(data) not in (-1, size):
+            raise ValueError(f"features that are not {size} bytes by zstd.")
+        return zstd.ZstdDecompressor().decompress(data, size, allow_extra_data=False)
     except zstd.ZstdError as error:
         raise ValueError(f"features are not compressed by zstd: {error}") from error
 

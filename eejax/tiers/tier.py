@@ -28,6 +28,8 @@ class Told(NamedTuple):
       exit: 0-based, of the whole network.
       partial: whether it would have gone on, if it could.
       level: of the thresholds at which its exit was decided; 0 for those that were chosen.
+      chosen: whether the chosen thresholds alone decided, on features that no codec changed: what a
+        certificate is about.
       tier: how many tiers further on it was answered; 0 for this one.
       fallback: why a tier answered in place of the next one; empty if none did.
     """
@@ -36,13 +38,14 @@ class Told(NamedTuple):
     exit: int
     partial: bool
     level: int
+    chosen: bool
     tier: int = 0
     fallback: str = ""
 
 
 class Unanswered(Exception):
-    """The next tier gives no answer; the text is one of `"late"`, `"full"`, `"down"`, `"garbage"`
-    and `"open"`, for a circuit that is open."""
+    """The next tier gives no answer; the text is one of `"late"`, `"full"`, `"down"`, `"garbage"`,
+    `"refused"`, `"other"` (another artifact, stage or codec) and `"open"`, for a circuit."""
 
 
 class Upstream(Protocol):
@@ -86,6 +89,7 @@ class Tier:
 
     def __init__(self, stages: Stages, service: Service, upstream: Upstream | None = None) -> None:
         self.stages, self.service, self.upstream = stages, service, upstream
+        self._away = 0
 
     async def predict_all(
         self, samples: Sequence[tuple[np.ndarray, ...]], seconds: float
@@ -120,14 +124,18 @@ class Tier:
         """
         due = time.monotonic() + seconds
         answer = await self.service.predict(arrays, seconds)
-        told = Told(answer.logits, self.stages.first + answer.exit, answer.partial, answer.level)
-        if not answer.arrays:
+        exit = self.stages.first + answer.exit
+        told = Told(answer.logits, exit, answer.partial, answer.level, answer.chosen)
+        if not answer.arrays or self.upstream is None:
             return told
-        if self.upstream is None:
-            return told
+        if self._away >= self.service.scheduler.capacity:
+            return told._replace(fallback="full")
+        self._away += 1
         try:
             left = due - time.monotonic() - RESERVE
             further = await self.upstream.forward(answer.arrays, left)
         except Unanswered as reason:
             return told._replace(fallback=str(reason))
-        return further._replace(tier=further.tier + 1)
+        finally:
+            self._away -= 1
+        return further._replace(tier=further.tier + 1, chosen=further.chosen and answer.chosen)

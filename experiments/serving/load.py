@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eejax.serving import Refusal
+from eejax.serving import Answer, Refusal
 from experiments.serving.contenders import Predict
 
 
@@ -71,30 +71,29 @@ class Offered(NamedTuple):
     labels: np.ndarray
     deadline: float
 
+    @property
+    def told(self) -> np.ndarray:
+        """`[n]` bool, which were answered."""
+        return np.array([isinstance(answer, Answer) for answer in self.answers])
+
 
 def summary(parts: Sequence[Offered]) -> dict[str, Any]:
-    """The figures of all requests of some rounds.
+    """The figures of some rounds.
 
     Returns:
-      `answered`, `refused` and `late` (answered after the deadline) as shares of the requests;
-      `p50` and `p99` of the answers' latencies in seconds, and `spread`, the quartiles of the
-      rounds' p99; `accuracy` of the answers; `exits`, the number at each; `partial`, of the
-      answers; `level`, the mean.
+      Medians over the rounds: `answered`, `refused` and `late` (answered after the deadline) as
+      shares of the requests, `p50` and `p99` of the answers' latencies in seconds. `spread`, the
+      quartiles of the rounds' p99. Over all rounds: `requests`; `accuracy` of the answers; `exits`,
+      the number at each; `partial`, of the answers; `level`, the mean.
     """
-    latency = np.concatenate([part.latency for part in parts])
-    labels = np.concatenate([part.labels for part in parts])
-    answers = [answer for part in parts for answer in part.answers]
-    told = np.array([not isinstance(answer, Refusal) for answer in answers])
-    given = [answer for answer in answers if not isinstance(answer, Refusal)]
-    right = [answer.logits.argmax() for answer in given] == labels[told]
+    rounds = [_round(part) for part in parts]
+    given = [answer for part in parts for answer in part.answers if isinstance(answer, Answer)]
+    labels = np.concatenate([part.labels[part.told] for part in parts])
+    right = [answer.logits.argmax() for answer in given] == labels
     return {
-        "requests": len(labels),
-        "answered": float(told.mean()),
-        "refused": float(1 - told.mean()),
-        "late": float((latency[told] > parts[0].deadline).sum() / len(labels)),
-        "p50": _quantile(latency[told], 0.5),
-        "p99": _quantile(latency[told], 0.99),
-        "spread": np.quantile([_p99(part) for part in parts], [0.25, 0.75]).tolist(),
+        "requests": sum(len(part.labels) for part in parts),
+        **{name: float(np.median([row[name] for row in rounds])) for name in rounds[0]},
+        "spread": np.quantile([row["p99"] for row in rounds], [0.25, 0.75]).tolist(),
         "accuracy": float(np.mean(right)) if given else float("nan"),
         "exits": np.bincount([answer.exit for answer in given]).tolist(),
         "partial": float(np.mean([answer.partial for answer in given])) if given else 0.0,
@@ -102,10 +101,11 @@ def summary(parts: Sequence[Offered]) -> dict[str, Any]:
     }
 
 
-def _p99(part: Offered) -> float:
-    told = [not isinstance(answer, Refusal) for answer in part.answers]
-    return _quantile(part.latency[told], 0.99)
-
-
-def _quantile(latency: np.ndarray, q: float) -> float:
-    return float(np.quantile(latency, q)) if len(latency) else float("nan")
+def _round(part: Offered) -> dict[str, float]:
+    latency, count = part.latency[part.told], len(part.labels)
+    return {
+        "answered": len(latency) / count,
+        "refused": 1 - len(latency) / count,
+        "late": float((latency > part.deadline).sum()) / count,
+        **{f"p{p}": float(np.percentile(latency, p)) if len(latency) else np.nan for p in (50, 99)},
+    }

@@ -95,7 +95,9 @@ async def _carry(
                 await news.wait()
                 continue
             when, data = under_way[0]
-            await asyncio.sleep(when - time.monotonic())
+            # A sleep ends up to a millisecond late, which would be longer than some links.
+            while (left := when - time.monotonic()) > 0:
+                await asyncio.sleep(left - 0.0015 if left > 0.0015 else 0)
             under_way.popleft()
             size -= len(data)
             writer.write(data)
