@@ -71,7 +71,8 @@ def test_times_hold_stages_bytes_and_changed_labels(place):
         plain, half, small = (
             times.crossings[cut, codec] for codec in ("float32", "bfloat16", "int8")
         )
-        assert small.size < half.size < plain.size
+        # Feature maps of two by two have a scale for every four values.
+        assert small.size <= half.size < plain.size
         assert (plain.changed == 0).all()
         assert (small.changed[:cut] == 0).all()
     assert times.environment["images"] == "8"

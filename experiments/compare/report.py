@@ -181,7 +181,7 @@ def latex(results: Results, means: pd.DataFrame) -> str:
     # Columns of different schemes would be joined in the order of the alphabet.
     schemes = pd.MultiIndex.from_frame(rows[results_table.SCHEME].drop_duplicates())
     table = pd.DataFrame(words).reindex(schemes).fillna("-")
-    marks = pd.DataFrame(bold).reindex(table.index).fillna(value=False).astype(bool)
+    marks = pd.DataFrame(bold).reindex(table.index).eq(other=True)
     names = schemes.to_frame(index=False)
     caption = (
         f"Early exits on {results['dataset']}: test accuracy in percent at each target (for an "

@@ -177,12 +177,13 @@ def table(load: float, rows: Sequence[dict[str, Any]]) -> Table:
 def held(rows: Sequence[dict[str, Any]], deadline: float, drop: float) -> str:
     """The largest load of each contender up to which, at all loads, 99 % of the requests are
     answered, 99 % of the answers are in time, and no more than `drop` of the accuracy is lost."""
-    whole = rows[0]["accuracy"]
+    whole = {row["load"]: row["accuracy"] for row in rows if row["contender"] == NAMES[0]}
     lines = ["", f"held: 99 % answered, p99 within {1000 * deadline:g} ms, {drop:.1%} lost at most"]
     for name in NAMES:
         most = 0.0
         for row in (row for row in rows if row["contender"] == name):
-            if row["answered"] < 0.99 or row["p99"] > deadline or row["accuracy"] < whole - drop:
+            least = whole[row["load"]] - drop
+            if row["answered"] < 0.99 or row["p99"] > deadline or row["accuracy"] < least:
                 break
             most = row["load"]
         lines.append(f"  {name}: " + (f"a load of {most:g}" if most else "none of these loads"))
