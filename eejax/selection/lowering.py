@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from eejax.evaluation.routing import first_exit
 from eejax.runtime.manifest import HeldOut
 from eejax.selection.thresholds import for_budget
-from eejax.serving.scheduler import Level
+from eejax.serving.samples import Level
 
 _STEP = 0.02  # of the whole network's cost
 

@@ -2,7 +2,8 @@
 
 from eejax.serving.drift import Drift
 from eejax.serving.path import levels, watched, whole
-from eejax.serving.scheduler import Answer, Level, Refusal, Scheduler
+from eejax.serving.samples import Answer, Level, Refusal
+from eejax.serving.scheduler import Scheduler
 from eejax.serving.service import Service
 from eejax.serving.times import StageTimes, measure, noise
 

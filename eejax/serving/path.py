@@ -6,7 +6,7 @@ import numpy as np
 
 from eejax.runtime.manifest import Manifest
 from eejax.serving.drift import Drift
-from eejax.serving.scheduler import Level
+from eejax.serving.samples import Level
 
 
 def levels(manifest: Manifest) -> list[Level]:

@@ -11,7 +11,8 @@ from typing import Self
 
 import numpy as np
 
-from eejax.serving.scheduler import Answer, Refusal, Scheduler, StageResult, Work
+from eejax.serving.samples import Answer, Refusal, StageResult, Work
+from eejax.serving.scheduler import Scheduler
 from eejax.serving.times import Engine, StageTimes
 
 # Seconds before a deadline at which the best answer so far is handed over, at least and at most.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from eejax.serving.scheduler import StageResult
+from eejax.serving.samples import StageResult
 
 # Runs of a stage with about so many samples, by which their time is corrected.
 RECENT = 16
