@@ -281,7 +281,7 @@ def test_whoever_stays_holds_no_more_than_twice_its_features():
     for tile in range(20):
         for i in range(64):
             arrays = (np.zeros((1, 2)), np.array([i]))
-            due = 1e9 if i == 0 else now + 70
+            due = 1e9 if i == 0 else now + 80
             sample = scheduler.accept(arrays, due, lambda answer: None, now)
             if i == 0:
                 kept.append(sample)
@@ -298,6 +298,16 @@ def test_whoever_stays_holds_no_more_than_twice_its_features():
     for sample in kept:
         assert len(sample.arrays[0]) <= 2
         assert sample.arrays[1][sample.row] == 0
+
+
+def test_who_is_late_whatever_runs_makes_no_tile_small():
+    """After a slow moment, tiles of one would make all behind it late, too."""
+    scheduler = Scheduler(ONE, lambda: SECONDS, tile=TILE, doubt=np.inf)
+    for i in range(8):
+        scheduler.accept((np.zeros((1, 2)), np.array([i])), 20.0 + 20 * i, print, 0.0)
+    work = scheduler.next(19.0)  # one sample takes 3
+    assert work is not None
+    assert len(work.samples) == TILE
 
 
 def test_closing_tells_everyone():

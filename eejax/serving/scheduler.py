@@ -33,6 +33,8 @@ from eejax.serving.samples import Answer, Level, Refusal, Sample, StageResult, W
 RECENT = 256
 # How much longer than in full tiles first exits may take where more than a tile waits.
 WASTE = 1.25
+# How much longer than lately first exits may take before who is accepted now is late.
+MARGIN = 1.15
 
 
 class Scheduler:
@@ -140,7 +142,7 @@ class Scheduler:
         self._push(sample)
         # Nobody that was accepted may be late for it, nor may it be late itself.
         if not (
-            self._fits(max(now, self._free_at) if self.now_running else now)
+            self._fits(max(now, self._free_at) if self.now_running else now, MARGIN)
             or (not self._under_way and now - self._ran[0] >= self._doubt)
         ):
             self._pull(sample)
@@ -183,7 +185,7 @@ class Scheduler:
         stage = self._choose(now, seconds)
         if stage is None:
             return None
-        samples = self._tile(stage, now, seconds[stage])
+        samples = self._tile(stage, now, seconds[stage].tolist())
         level = self._level(now, seconds)
         sources = []
         # Samples that came out of a tile together are picked together.
@@ -254,7 +256,7 @@ class Scheduler:
     def _choose(self, now: float, seconds: np.ndarray) -> int | None:
         """The stage that runs next."""
         for e in range(1, len(self._waiting)):
-            self._thin_out(e, now, seconds[e])
+            self._thin_out(e, now, seconds[e].tolist())
         full = [e for e, queue in enumerate(self._waiting) if len(queue) >= self.tile]
         others = [e for e, queue in enumerate(self._waiting) if 0 < len(queue) < self.tile]
         others.sort(key=lambda e: self._waiting[e][0][0])
@@ -264,7 +266,7 @@ class Scheduler:
                 return e
         return 0 if self._waiting[0] else None
 
-    def _thin_out(self, stage: int, now: float, seconds: np.ndarray) -> None:
+    def _thin_out(self, stage: int, now: float, seconds: list[float]) -> None:
         """Tells those their best answer for whom this stage would come too late, or in time only
         with less than half of the tile that could run."""
         queue = self._waiting[stage]
@@ -274,26 +276,31 @@ class Scheduler:
                 break
             self._tell_best(queue[0][2])
 
-    def _tile(self, stage: int, now: float, seconds: np.ndarray) -> tuple[Sample, ...]:
-        """The samples due first, as many as are done when the first of them is due."""
+    def _tile(self, stage: int, now: float, seconds: list[float]) -> tuple[Sample, ...]:
+        """The samples due first, as many as are done when the first is due that can be in time."""
         queue = self._waiting[stage]
-        size = max(1, min(_largest(seconds, queue[0][0] - now), len(queue), self.tile))
+        most = min(len(queue), self.tile)
+        # Those who are late whatever runs make no tile small: that would make others late.
+        sizes = (_largest(seconds, queue[i][0] - now) for i in range(most))
+        size = next((min(size, most) for i, size in enumerate(sizes) if size > i), most)
         samples = [sample for *_, sample in queue[:size]]
         alone = next((i for i, sample in enumerate(samples) if sample.alone), size)
         del samples[max(alone, 1) :]
         together = {id(sample.arrays): i for i, sample in enumerate(samples)}
         return tuple(sorted(samples, key=lambda sample: together[id(sample.arrays)]))
 
-    def _fits(self, start: float) -> bool:
+    def _fits(self, start: float, margin: float = 1.0) -> bool:
         """Whether all that wait for their first exit reach it in time, if nothing else runs from
-        `start` on; and if there are many, in tiles that are not much smaller than they could be."""
+        `start` on and it takes `margin` times as long as lately; and if there are many, in tiles
+        that are not much smaller than they could be."""
         # Lists, because this runs for every arrival: an element of an array takes three times as
         # long.
-        queue, seconds, tile = self._waiting[0], self.seconds()[0].tolist(), self.tile
+        queue, tile = self._waiting[0], self.tile
+        seconds = (margin * self.seconds()[0]).tolist()
         ends, i, count = start, 0, len(queue)
         while i < count:
             left = queue[i][0] - ends
-            size = tile if seconds[-1] <= left else bisect.bisect_right(seconds, left) - 1
+            size = tile if seconds[-1] <= left else _largest(seconds, left)
             if size < 1:
                 return False
             size = min(size, count - i)
@@ -347,9 +354,11 @@ class Scheduler:
         sample.tell(answer)
 
 
-def _largest(seconds: np.ndarray, until: float) -> int:
+def _largest(seconds: list[float], until: float) -> int:
     """The largest number of samples that a stage does in this time."""
-    return int(seconds.searchsorted(until, side="right")) - 1
+    # On a list: searching an array lets go of the interpreter's lock, and the engine's thread may
+    # keep it for longer than all else takes.
+    return bisect.bisect_right(seconds, until) - 1
 
 
 def _reach(goes_on: np.ndarray) -> np.ndarray:

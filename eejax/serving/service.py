@@ -18,10 +18,10 @@ from eejax.serving.times import Engine, StageTimes
 # Seconds before a deadline at which the best answer so far is handed over, at least and at most.
 # In between it is as long as the event loop lately took to hand answers over, which under load has
 # other requests to look after, too.
-RESERVE, LONGEST = 0.001, 0.02
+RESERVE, LONGEST = 0.001, 0.05
 # Of a deadline, at most.
-_SHARE = 0.2
-_RECENT, _QUANTILE = 64, 0.95
+_SHARE = 0.25
+_RECENT, _QUANTILE = 256, 0.995
 
 
 class Service:
@@ -95,22 +95,27 @@ class Service:
             answer = await told
         finally:
             self.scheduler.leave(sample)
-        lag = time.monotonic() - due
-        if answer.partial and lag > 0:
+        if answer.partial:
+            self._note_lag(due)
+        return answer
+
+    def _note_lag(self, since: float) -> None:
+        """Takes in that something was handed over now, and could have been since then."""
+        lag = time.monotonic() - since
+        if lag > 0:
             self._lags.append(lag)
             longest = sorted(self._lags)[int(_QUANTILE * (len(self._lags) - 1))]
             self._reserve = min(max(longest, RESERVE), LONGEST)
-        return answer
 
-    def _stage(self, work: Work) -> tuple[StageResult, float]:
-        """The result of a tile, and the seconds that it took."""
-        begin = time.perf_counter()
+    def _stage(self, work: Work) -> tuple[StageResult, float, float]:
+        """The result of a tile, and when it began and ended."""
+        begin = time.monotonic()
         result = self._engine.run_stage(work.stage, work.arrays, work.thresholds)
         # Here, where what is wrong is the tile's failure and not the loop's end.
         lengths = {len(array) for array in (result.logits, result.leaves, *result.arrays)}
         if lengths != {len(work.samples)}:
             raise ValueError(f"results for {lengths} samples of {len(work.samples)}")
-        return result, time.perf_counter() - begin
+        return result, begin, time.monotonic()
 
     async def _run(self) -> None:
         try:
@@ -139,9 +144,11 @@ class Service:
                 await asyncio.wait([job], timeout=max(left, 0) if left < np.inf else None)
                 self.scheduler.expire(time.monotonic())
             try:
-                result, seconds = job.result()
+                result, begin, end = job.result()
             except Exception as error:  # of any engine
                 self.scheduler.failed(str(error))
             else:
-                self.times.note(work.stage, len(work.samples), seconds)
+                self.times.note(work.stage, len(work.samples), end - begin)
                 self.scheduler.done(result, time.monotonic())
+                # Once those who were told have heard it.
+                loop.call_soon(self._note_lag, end)
