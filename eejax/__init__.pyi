@@ -15,6 +15,7 @@ from eejax.inference.executors import cond, full
 from eejax.inference.predictors import predictor, sharded
 from eejax.inference.step import Prediction
 from eejax.inference.streaming import rebatched, stream
+from eejax.keeping import keep_exits
 from eejax.network import EarlyExitNetwork, ExitOutput, Module, keep_variables, normalise
 from eejax.policies import (
     Policy,
@@ -84,6 +85,7 @@ __all__ = [
     "geometric",
     "guarantees",
     "host",
+    "keep_exits",
     "keep_variables",
     "load",
     "loop",

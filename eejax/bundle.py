@@ -66,6 +66,8 @@ class Bundle:
       metadata: anything else that JSON holds: seed, data set, date, versions.
       held_out: scores and outcomes of the samples on which the thresholds were chosen, if there are
         any: serving under load, planning and the drift monitor need them.
+      exits: of the network that the family builds, those that are kept (`keep_exits`), 0-based;
+        None for all. Variables, thresholds and costs are those of the kept network.
 
     Raises:
       ValueError: if a value cannot be stored in JSON, the family refuses its arguments, or there is
@@ -85,6 +87,7 @@ class Bundle:
     costs: Costs
     metadata: Mapping[str, Any]
     held_out: manifest.HeldOut | None = None
+    exits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         plain = {
@@ -95,6 +98,8 @@ class Bundle:
             "mean": tuple(map(float, self.mean)),
             "std": tuple(map(float, self.std)),
         }
+        if self.exits is not None:
+            plain["exits"] = tuple(map(int, self.exits))
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         if not len(self.mean) == len(self.std) == self.image[-1]:
@@ -132,7 +137,8 @@ class Bundle:
         from eejax import models
 
         bare = models.build(self.family, len(self.classes), self.image, **self.arguments)
-        return bare.reading(normalise(self.mean, self.std))
+        whole = bare.reading(normalise(self.mean, self.std))
+        return whole if self.exits is None else whole.keeping(self.exits)
 
     def predict(self, images: Any) -> Prediction:
         """Predicts uint8 images `[B, height, width, channels]`, any B >= 1; returns NumPy arrays.
@@ -188,6 +194,7 @@ def save(bundle: Bundle, directory: str | Path) -> None:
     content = {
         "family": bundle.family,
         "arguments": bundle.arguments,
+        "exits": list(bundle.exits or []),  # none: all
         "classes": list(bundle.classes),
         "image": {"shape": list(bundle.image), "dtype": "uint8"},
         "mean": list(bundle.mean),
@@ -254,6 +261,7 @@ def _read(place: Path) -> Bundle:
         Costs(arrays["costs/stages"], arrays["costs/heads"]),
         content["metadata"],
         _held_out(arrays),
+        tuple(content["exits"]) or None,
     )
     shapes = _shapes(bundle)
     _check_variables(arrays, shapes)
@@ -270,6 +278,7 @@ def _held_out(arrays: Mapping[str, np.ndarray]) -> manifest.HeldOut | None:
 
 def _verified_content(data: bytes) -> dict[str, Any]:
     content = manifest.opened(data, DESCRIPTION, FORMAT, VERSION)
+    content.setdefault("exits", [])  # which bundles did not have at first
     missing = [name for name in _CONTENT if not isinstance(content.get(name), _CONTENT[name])]
     if missing or len(content) != len(_CONTENT):
         raise ValueError(
@@ -282,6 +291,7 @@ def _verified_content(data: bytes) -> dict[str, Any]:
 _CONTENT: dict[str, type] = {
     "family": str,
     "arguments": dict,
+    "exits": list,
     "classes": list,
     "image": dict,
     "mean": list,

@@ -61,8 +61,10 @@ ARTIFACT = {
     "artifact": {"flatbuffers"},
     "onnx": {"onnx", "onnxruntime"},
     "runtime": {"onnxruntime"},
-    "commands": {"pillow"},
+    "offline": {"pillow"},
 }
+# What reads large data sets, named where it is missing.
+OFFLINE = {"array_record", "pyarrow", "tensorflow-datasets"}
 
 
 def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
@@ -74,6 +76,9 @@ def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
         assert extra <= found[part]
         found[part] -= extra
     assert found["runtime"] == {"numpy"}
+    assert found["offline"] == {"numpy", *OFFLINE}
+    found["offline"] -= OFFLINE
+    assert requirements(EXTRAS["offline"]) == {"eejax", *OFFLINE}
     # Matplotlib is named where it is missing.
     found["planning"] -= {"pyyaml", "matplotlib"}
     assert requirements(EXTRAS["planning"]) == {"eejax", "pyyaml"}
@@ -85,12 +90,15 @@ def test_the_package_imports_what_it_declares_and_declares_what_it_imports():
 
 def test_the_experiments_import_what_the_package_and_their_extra_declare():
     declared = requirements([*PROJECT["dependencies"], *EXTRAS["experiments"]])
-    # Contenders of one benchmark, which names them where they are missing.
-    others = {"jaxlib", "torch", "earlyon"}
+    # Contenders of two benchmarks, which name them where they are missing.
+    others = {"jaxlib", "torch", "earlyon", "tensorflow"}
     # One experiment needs the extra `serving`, and says so.
     others |= {"grpcio", "kserve"}
+    # Backends of the pool, and buckets, which are named where they are missing.
+    others |= requirements(EXTRAS["cluster"]) | {"ray"}
     assert third_party("experiments") | third_party("configs") <= declared | others
     assert "eejax[artifact,docs,experiments,serving]" in EXTRAS["dev"]
+    assert "eejax[cluster,offline,planning,ray]" in EXTRAS["dev"]
 
 
 def test_the_package_imports_nothing_of_the_experiments():
@@ -102,11 +110,14 @@ def test_the_package_imports_nothing_of_the_experiments():
 # Floors of the package, the ground first, as docs/architecture.md lists them.
 FLOORS = (
     ("network", "exits", "compiling", "runtime", "serving"),
-    ("cost", "trace", "gates", "links", "backbone", "cascades", "checkpoint", "stablehlo", "tiers"),
+    (
+        *("cost", "trace", "gates", "links", "backbone", "cascades", "checkpoint", "stablehlo"),
+        *("tiers", "offline"),
+    ),
     ("models", "policies", "benchmark", "server"),
     ("adapters", "pretrained", "evaluation", "training"),
     ("selection", "inference"),
-    ("bundle", "onnx", "planning"),
+    ("bundle", "keeping", "onnx", "planning"),
     ("artifact",),
     ("commands",),
 )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import pickle
+import re
 import secrets
 import shutil
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx_models import reference, small_bundle, some_images
+from PIL import Image
 from servers import INFER, ask, request, rows
 
 import eejax
@@ -89,6 +91,33 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+# Ray's own settings, which it reads when a data set is made.
+@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")
+def test_a_data_set_is_answered_as_the_page_says(cluster, place, tmp_path):
+    from pyarrow import parquet
+
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(IMAGES):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i:02}.png")
+    page = (Path(__file__).parent.parent / "docs" / "ray.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Predictor" in c)
+    for name, given in [
+        ('"artifact"', repr(str(place))),
+        ('"photos"', repr(str(tmp_path / "photos"))),
+        ('"answers"', repr(str(tmp_path / "answers"))),
+        ("(32, 32)", "(12, 12)"),
+        ("=1024", "=5"),
+    ]:
+        assert code.count(name) == 1
+        code = code.replace(name, given)
+    exec(code, {})
+    rows = parquet.read_table(tmp_path / "answers").sort_by("path").to_pydict()
+    expected = reference(small_bundle(), IMAGES, small_bundle().thresholds)
+    assert [Path(path).name for path in rows["path"]] == [f"{i:02}.png" for i in range(24)]
+    assert rows["exit"] == (expected.exits + 1).tolist()
+    assert rows["predicted"] == expected.logits.argmax(-1).tolist()
 
 
 @pytest.fixture(scope="module")

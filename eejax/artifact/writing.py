@@ -152,7 +152,11 @@ def _manifest(
             "mean": list(bundle.mean),
             "std": list(bundle.std),
         },
-        "network": {"family": bundle.family, "arguments": bundle.arguments},
+        "network": {
+            "family": bundle.family,
+            "arguments": bundle.arguments,
+            "exits": list(bundle.exits or []),
+        },
         "costs": {
             "unit": "multiply-accumulates of one image",
             "stages": bundle.costs.stages.tolist(),

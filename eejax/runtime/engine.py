@@ -127,7 +127,7 @@ class Runtime:
         """
         if not 1 <= tile <= window:
             raise ValueError(f"tiles of {tile} and a window of {window}; give 1 <= tile <= window.")
-        limits = self._thresholds(thresholds)
+        limits = self.thresholds(thresholds)
         queues = [_Queue() for _ in range(self.manifest.num_exits)]
         results = _Results(len(self.manifest.classes))
         for batch in batches:
@@ -184,7 +184,7 @@ class Runtime:
 
     def checked(self, images: Any, thresholds: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
         """Images and thresholds as the models read them; ValueError as for `predict`."""
-        return self._images(images), self._thresholds(thresholds)
+        return self._images(images), self.thresholds(thresholds)
 
     def _images(self, images: Any) -> np.ndarray:
         given = np.asarray(images)
@@ -196,7 +196,8 @@ class Runtime:
             )
         return np.ascontiguousarray(given)
 
-    def _thresholds(self, thresholds: ArrayLike | None) -> np.ndarray:
+    def thresholds(self, thresholds: ArrayLike | None) -> np.ndarray:
+        """`[E - 1]` float32, those of the artifact for None; ValueError if they do not fit."""
         if thresholds is None:
             return self.manifest.thresholds
         given = np.asarray(thresholds, np.float32)

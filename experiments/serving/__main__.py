@@ -30,6 +30,7 @@ from rich.table import Table
 
 from eejax import bundle as bundles
 from eejax.bundle import Bundle
+from eejax.keeping import keep_exits
 from eejax.selection.lowering import lowered
 from experiments import command_line
 from experiments.checks import require, require_all
@@ -53,6 +54,8 @@ class Arguments:
     """Directory that experiments.cifar made."""
     loads: tuple[float, ...] = (0.5, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
     """Images a second, as multiples of what the whole network does in full tiles."""
+    keep: tuple[int, ...] = ()
+    """The exits that early exits have, from 1 on, the last among them; empty for all."""
     engine: Literal["onnxruntime", "xla"] = "onnxruntime"
     """What runs the network."""
     rounds: int = 9
@@ -95,7 +98,10 @@ def main(argv: Sequence[str]) -> int:
     def begin() -> tuple[Arguments, Bundle, Dataset]:
         arguments = parse(argv)
         config = from_json(Config, read_run(arguments.run)["config"])
-        return arguments, bundles.load(arguments.run), splits.load(config.data, config.seed)
+        bundle = bundles.load(arguments.run)
+        if arguments.keep:
+            bundle = keep_exits(bundle, [exit - 1 for exit in arguments.keep])
+        return arguments, bundle, splits.load(config.data, config.seed)
 
     return execute(begin, lambda begun: _work(*begun, argv, console), (OSError, RuntimeError))
 
