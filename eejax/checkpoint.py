@@ -1,4 +1,8 @@
-"""Checkpoints of training, written by Orbax, which no other file imports."""
+"""Checkpoints of training, written by Orbax, which no other file imports.
+
+With several processes (`jax.distributed`) all of them call these functions alike, on one directory
+that all can reach; each writes the parts of the arrays that its devices hold.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from eejax.network import PyTree
 
@@ -19,32 +25,62 @@ class CheckpointError(Exception):
 
 
 @contextlib.contextmanager
-def _manager(directory: Path) -> Iterator[ocp.CheckpointManager]:
-    """Orbax's manager, with its log messages kept from the terminal."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, create=True, enable_async_checkpointing=False
-    )
+def _manager(directory: Path, tidy: bool = False) -> Iterator[ocp.CheckpointManager]:
+    """Orbax's manager, with its log messages kept from the terminal.
+
+    With `tidy` it removes what a killed process left of a checkpoint.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=tidy)
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        try:
             yield manager
+        except jax.errors.JaxRuntimeError:
+            # Another process is gone: closing would wait for it.
+            if jax.process_count() == 1:
+                manager.close()
+            raise
+        except BaseException:
+            manager.close()
+            raise
+        manager.close()
     finally:
         log.setLevel(level)
 
 
-def save(directory: Path, step: int, state: PyTree) -> None:
-    """Writes a checkpoint under `directory/step`, all or nothing; the newest two stay.
+@contextlib.contextmanager
+def writer(directory: Path) -> Iterator[Callable[[int, PyTree], None]]:
+    """Yields `save(step, state)`, which writes checkpoints while the caller goes on.
+
+    A checkpoint is `directory/step`, all or nothing; the newest two stay. `save` returns when the
+    arrays are copied, so that they may be donated; it waits for the checkpoint before. Leaving the
+    context waits for the last one. An existing checkpoint of a step is not overwritten.
 
     Args:
       directory: of the run's checkpoints; created.
-      step: the number of steps taken. An existing checkpoint of this step is not overwritten.
+    """
+    with _manager(directory, tidy=True) as manager:
+
+        def save(step: int, state: PyTree) -> None:
+            if step not in manager.all_steps():
+                manager.save(step, args=ocp.args.StandardSave(state))
+
+        yield save
+
+
+def save(directory: Path, step: int, state: PyTree) -> None:
+    """Writes one checkpoint as `writer` does, and returns when it is there.
+
+    Args:
+      directory: of the run's checkpoints; created.
+      step: the number of steps taken.
       state: a pytree of arrays.
     """
-    with _manager(directory) as manager:
-        if step not in manager.all_steps():
-            manager.save(step, args=ocp.args.StandardSave(state))
+    with writer(directory) as write:
+        write(step, state)
 
 
 def steps(directory: Path) -> list[int]:
@@ -77,11 +113,14 @@ def restore(
         raise CheckpointError(f"no checkpoint in {directory}")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     for step in reversed(saved):
+        state, reason = None, "another process cannot read its part"
         with _manager(directory) as manager:
             try:
-                return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
             # Orbax, TensorStore and JSON raise different exceptions for a truncated file.
             except Exception as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                report(f"checkpoint {step} in {directory} cannot be read: {reason[0][:200]}")
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if multihost_utils.process_allgather(np.bool_(state is not None)).all():
+            return step, state
+        report(f"checkpoint {step} in {directory} cannot be read: {reason}")
     raise CheckpointError(f"none of the checkpoints {saved} in {directory} can be read")

@@ -33,6 +33,9 @@ else:
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STORED = "config.json"
 
+# What decides how fast images come, and not which, may change when a run is continued.
+MAY_CHANGE = frozenset(("data.threads", "data.workers", "data.ahead", "data.cache"))
+
 _converter = make_converter(forbid_extra_keys=True)
 
 
@@ -71,12 +74,21 @@ def parse_start(argv: Sequence[str]) -> Start:
     Raises:
       ValueError: if one of them cannot be read, or `--resume` stands without `--workdir`.
     """
-    known = [flag for flag in argv if flag not in ("-h", "--help")]
-    with _one_line_errors():
-        start, _ = tyro.cli(Start, args=known, return_unknown_args=True, add_help=False)
+    start = parse_some(Start, argv)
     if start.resume and start.workdir is None:
         raise ValueError("--resume needs --workdir, the directory of the run to continue.")
     return start
+
+
+def parse_some(kind: type[T], argv: Sequence[str]) -> T:
+    """Reads the flags of a dataclass, and passes over all others.
+
+    Raises:
+      ValueError: if one of them cannot be read; one line.
+    """
+    known = [flag for flag in argv if flag not in ("-h", "--help")]
+    with _one_line_errors():
+        return tyro.cli(kind, args=known, return_unknown_args=True, add_help=False)[0]
 
 
 def parse_run(
@@ -204,7 +216,8 @@ def from_json(kind: type[T], values: dict[str, Any]) -> T:
 def refuse_changes(stored: Any, asked: Any) -> None:
     """Raises ValueError with the changed fields, if two configurations differ."""
     before, after = _flat(to_json(stored)), _flat(to_json(asked))
-    changed = [f"{k} is {before[k]}, not {after[k]}" for k in before if before[k] != after[k]]
+    fixed = (k for k in before if before[k] != after[k] and k not in MAY_CHANGE)
+    changed = [f"{k} is {before[k]}, not {after[k]}" for k in fixed]
     if changed:
         raise ValueError(
             f"--resume continues a run as it was begun: {'; '.join(changed)}. Leave the flags out, "

@@ -64,7 +64,10 @@ SHARED = {
 
 
 # Files that take long begin first, so that the processes end at the same time.
-LONG = ("test_models", "test_inference", "test_training", "test_convert", "test_docs")
+LONG = (
+    *("test_models", "test_inference", "test_training", "test_convert", "test_docs", "test_mesh"),
+    *("test_distributed", "test_compare_grid", "test_pool_kills", "test_pool_backends"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -99,7 +102,8 @@ def digits_run(tmp_path_factory):
         *("--policies.thresholds", "0.25", "0.5", "0.75", "--policies.drop-confidence", "0.5"),
         *("--inference.batch", "64", "--inference.budget", "0.7"),
     ]
-    assert cifar.main([*flags, "--workdir", str(path)]) == 0
+    flags += ["--distributed.devices", "1", "--workdir", str(path)]
+    assert cifar.main(flags) == 0
     return path
 
 

@@ -22,9 +22,11 @@ from eejax.models.heads import Head
 from eejax.models.layers import Norm
 from eejax.network import normalise
 from eejax.training import REGIMES, RegimeOptions
+from eejax.training.placement import make_mesh
 from experiments.data.splits import Split
 from experiments.train import loop
 from experiments.train.config import TrainConfig
+from experiments.train.feeding import Resident
 
 CLASSES, BATCH = 3, 16
 
@@ -41,6 +43,7 @@ NETWORK = cut([Block(), Block(), Block()], (1, 2), lambda e: Head(CLASSES, gate=
 NETWORK = NETWORK.reading(normalise((100.0,), (50.0,)))
 OPTIMISER = optax.sgd(0.1, momentum=0.9)
 KEY = jax.random.key(5)
+MESH = make_mesh(jax.devices()[:1])
 
 
 def phases(regime="soft_auxiliary", cost_weight=0.1):
@@ -107,9 +110,9 @@ def run(train_steps):
             steps,
             lambda key: fresh(),
             KEY,
-            made_split(),
+            Resident(made_split(), KEY, BATCH, flip=True, mesh=MESH),
             TrainConfig(epochs=epochs, batch=BATCH, steps_per_dispatch=3, checkpoint_seconds=every),
-            flip=True,
+            mesh=MESH,
             workdir=workdir,
             watch=lambda state: [0.0, 0.5, 1.0],
             learning_rate=lambda step: 1e-2,

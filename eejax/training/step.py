@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from eejax import gates
 from eejax.compiling import compiler_options
 from eejax.network import EarlyExitNetwork, PyTree
+from eejax.training import placement
 from eejax.training.regime import Batch, LossAux, Phase, phase_starts
 from eejax.training.state import TrainState
 
@@ -50,6 +52,7 @@ def make_train_steps(
     steps: int,
     classes: int,
     label_smoothing: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled `train_steps(state, key, images, labels, order, start, count)`.
 
@@ -64,7 +67,13 @@ def make_train_steps(
 
     The arguments of `train_steps`: a `TrainState`; a key, from which each step draws by its number
     alone, so that a resumed run draws the same; images `[N, ...]` and labels `[N]` of the whole
-    split, on the device; `order` `[S, B]` int32, the samples of each step; two integers.
+    split, on the device, and `order` `[S, B]` int32, the samples of each step; or images
+    `[S, B, ...]` and labels `[S, B]` in the order of the steps, and None; two integers.
+
+    On a mesh each batch is divided over all devices, and statistics of a batch, losses and
+    gradients are those of the whole batch, as on one device: XLA adds the sums over devices. All
+    arguments but the integers lie on the mesh: the state by `placement.state_shardings`, which it
+    keeps, images in batches by `placement.batch_sharding`, the rest replicated.
 
     Args:
       network: E exits.
@@ -75,6 +84,7 @@ def make_train_steps(
       steps: of the whole training, divided among the phases.
       classes: C.
       label_smoothing: in [0, 1), the share of each target that is spread over all classes.
+      mesh: of `placement.make_mesh`; without it, the devices of the arguments.
 
     Raises:
       ValueError: if the shares of the phases do not add up to 1, or a phase gets no step. The steps
@@ -82,13 +92,13 @@ def make_train_steps(
     """
     starts = phase_starts(phases, steps)
     on_cpu = jax.default_backend() == "cpu"
-    zero = Metrics(
-        jnp.float32(0),
-        jnp.zeros(network.num_exits, jnp.int32),
-        jnp.zeros(network.num_exits, jnp.float32),
-        jnp.int32(0),
-        jnp.int32(-1),
-    )
+
+    @jax.jit
+    def zero() -> Metrics:
+        exits = network.num_exits
+        sums = jnp.float32(0), jnp.zeros(exits, jnp.int32), jnp.zeros(exits, jnp.float32)
+        total = Metrics(*sums, jnp.int32(0), jnp.int32(-1))
+        return placement.constrain_replicated(mesh, total)
 
     def program(i: int) -> tuple[Callable[..., PyTree], Callable[..., tuple[TrainState, Metrics]]]:
         """How a phase begins, and its compiled steps."""
@@ -109,22 +119,31 @@ def make_train_steps(
             key: Array,
             images: Array,
             labels: Array,
-            order: Array,
+            order: Array | None,
             i: Array,
         ) -> tuple[TrainState, Metrics]:
             state, total = carry
-            rows = lax.dynamic_index_in_dim(order, i, keepdims=False)
-            batch = augment(jax.random.fold_in(key, state.step), images[rows])
+            if order is None:
+                batch, answers = (
+                    lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (images, labels)
+                )
+            else:
+                rows = lax.dynamic_index_in_dim(order, i, keepdims=False)
+                rows = placement.constrain_batch(mesh, rows)
+                batch, answers = images[rows], labels[rows]
+            batch = augment(jax.random.fold_in(key, state.step), batch)
+            batch, answers = (placement.constrain_batch(mesh, x) for x in (batch, answers))
             network_key = jax.random.fold_in(jax.random.fold_in(key, _NETWORK), state.step)
-            state, metrics = step(state, batch, labels[rows], network_key)
-            return state, _add(total, metrics)
+            state, metrics = step(state, batch, answers, network_key)
+            total = placement.constrain_replicated(mesh, _add(total, metrics))
+            return placement.constrain_state(mesh, state), total
 
         def several(
             carry: tuple[TrainState, Metrics],
             key: Array,
             images: Array,
             labels: Array,
-            order: Array,
+            order: Array | None,
             start: Array,
             count: Array,
         ) -> tuple[TrainState, Metrics]:
@@ -142,7 +161,8 @@ def make_train_steps(
             begin = phases[i].begin
             key = jax.random.fold_in(jax.random.fold_in(key, _BEGIN), i)
             regime = state.regime if begin is None else begin(state.variables, key)
-            return rule.init(state.params), jax.tree.map(jnp.copy, regime)
+            new = rule.init(state.params), jax.tree.map(jnp.copy, regime)
+            return placement.constrain_state(mesh, new)
 
         return jax.jit(fresh), compiled
 
@@ -153,12 +173,12 @@ def make_train_steps(
         key: Array,
         images: Array,
         labels: Array,
-        order: Array,
+        order: Array | None,
         start: int,
         count: int,
     ) -> tuple[TrainState, Metrics]:
         # The metrics are donated with the state, so each call begins with fresh ones.
-        carry = state, jax.tree.map(jnp.copy, zero)
+        carry = state, zero()
         # Reading the step waits for the device, and a single phase does not need it.
         step = int(state.step) if len(phases) > 1 else 0
         end = start + count

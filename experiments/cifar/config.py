@@ -11,6 +11,7 @@ import tyro
 
 from eejax.policies import POLICIES
 from eejax.training import REGIMES
+from experiments import distributed
 from experiments.checks import require, require_all, require_not_negative, require_positive
 from experiments.command_line import (
     CONFIGS,
@@ -22,6 +23,7 @@ from experiments.command_line import (
 )
 from experiments.data.config import DataConfig
 from experiments.data.config import check as check_data
+from experiments.distributed import DistributedConfig
 from experiments.train.config import NetworkConfig, TrainConfig
 from experiments.train.config import check as check_training
 
@@ -83,6 +85,7 @@ class Arguments:
     resume: bool = False
     """Continue the run in --workdir, with the configuration it has. If there is none yet, begin
     one, so that a job scheduler can restart the same command."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     run: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -90,6 +93,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     """Reads a command line, as `command_line.parse_run`, and checks it before anything slow."""
     arguments, stored = parse_run(Arguments, "python -m experiments.cifar", argv, default)
     check(arguments.run)
+    distributed.check(arguments.distributed)
     if stored is not None:
         refuse_changes(stored, arguments.run)
     elif arguments.workdir is not None and (arguments.workdir / STORED).exists():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.panel import Panel
 
@@ -26,6 +27,8 @@ from eejax.policies import POLICIES, Policy
 from eejax.runtime import HeldOut
 from eejax.trace import collect
 from eejax.training import REGIMES
+from experiments import distributed
+from experiments.checks import require
 from experiments.cifar.config import Arguments, Config, InferenceConfig
 from experiments.command_line import read_run, write_run
 from experiments.data import splits as data
@@ -49,6 +52,7 @@ class Prepared(NamedTuple):
       workdir: a directory that holds `config.json`.
       environment: data set, device, versions, seed, command and date, for the report.
       console: for messages.
+      mesh: devices to train on, of all processes.
     """
 
     config: Config
@@ -57,6 +61,7 @@ class Prepared(NamedTuple):
     workdir: Path
     environment: dict[str, Any]
     console: Console
+    mesh: Mesh
 
 
 class Timed(NamedTuple):
@@ -74,14 +79,17 @@ class Timed(NamedTuple):
 
 
 def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
-    """Reads the images and opens the run's directory.
+    """Joins the other processes, reads the images and opens the run's directory.
 
     Raises:
       ValueError, OSError: the data cannot be had or do not fit the configuration, no such network
         can be made for them, or the directory cannot be written; one line.
     """
-    console = Console(soft_wrap=True)
-    config = arguments.run
+    distributed.join(arguments.distributed)
+    console = Console(soft_wrap=True, quiet=not distributed.first())
+    config, mesh = arguments.run, distributed.mesh(arguments.distributed)
+    expected = f"a multiple of {mesh.size}, the number of devices, or --distributed.devices"
+    require(config.train.batch % mesh.size == 0, "train.batch", config.train.batch, expected)
     with console.status("reading images"):
         dataset = trained.dataset(_train_run(config))
     if len(dataset.train.images) < config.train.batch:
@@ -93,18 +101,20 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
     workdir, environment = _begin(arguments, argv, dataset)
     if environment["notice"]:
         console.print(Panel(environment["notice"], title="NOTICE", style="bold yellow"))
-    return Prepared(config, dataset, network, workdir, environment, console)
+    return Prepared(config, dataset, network, workdir, environment, console, mesh)
 
 
 def run(prepared: Prepared) -> dict[str, Any]:
     """Trains, chooses, measures, and returns the report that it wrote.
+
+    After the training the first of several processes goes on alone; the others return `{}`.
 
     Raises:
       FloatingPointError: training diverged.
       CheckpointError: `--resume`, and no checkpoint can be read.
       loop.Stopped: a signal came; the state is saved.
     """
-    config, dataset, network, workdir, environment, console = prepared
+    config, dataset, network, workdir, environment, console, mesh = prepared
 
     # Training.
     training = _train_run(config)
@@ -117,7 +127,11 @@ def run(prepared: Prepared) -> dict[str, Any]:
         f"{costs.cumulative[-1] / 1e6:.2f} M multiply-accumulates, {size / 1e6:.2f} M parameters"
     )
     console.print(f"{dataset.name}: {dataset.source}\n{words}\neverything goes to {workdir}")
-    variables, training_rows = trained.trained(training, config.seed, workdir, console)
+    variables, training_rows = trained.trained(training, config.seed, workdir, console, mesh)
+    alone = distributed.first()
+    distributed.leave()
+    if not alone:
+        return {}
     history = loop.epochs(training_rows)
     learned_gate = REGIMES[config.train.regime].trains_gate
     warnings = _collapse_warnings(history) if learned_gate else []
@@ -331,6 +345,7 @@ def _begin(
         environment = read_run(workdir)
         environment.pop("config")
         return workdir, environment
+    workdir = Path(distributed.shared(str(workdir)))  # the name of a new one has the time in it
     environment = {
         "dataset": dataset.name,
         "data_source": dataset.source,
@@ -338,7 +353,8 @@ def _begin(
         "seed": arguments.run.seed,
         **describe("experiments.cifar", argv),
     }
-    write_run(workdir, arguments.run, dataset.name, environment)
+    if distributed.first():
+        write_run(workdir, arguments.run, dataset.name, environment)
     return workdir, environment
 
 

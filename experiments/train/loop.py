@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,22 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import TextColumn, TimeRemainingColumn
 
 from eejax import checkpoint
 from eejax import gates as soft
 from eejax.training import Metrics, TrainState
-from experiments.data.splits import Split
+from eejax.training.placement import state_shardings
+from experiments import distributed
+from experiments.files import write_text
 from experiments.progress import progress_bar
-from experiments.train.augment import epoch_order, mirrored
 from experiments.train.config import TrainConfig
-
-_order = jax.jit(epoch_order, static_argnums=(1, 2))
+from experiments.train.feeding import Feed
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -49,10 +49,10 @@ def train(
     train_steps: Callable[..., tuple[TrainState, Metrics]],
     init: Callable[[Array], TrainState],
     key: Array,
-    split: Split,
+    feed: Feed,
     config: TrainConfig,
     *,
-    flip: bool,
+    mesh: Mesh,
     workdir: Path,
     watch: Callable[[TrainState], list[float]],
     learning_rate: Callable[[Any], Any],
@@ -62,11 +62,12 @@ def train(
 
     Args:
       train_steps: of `make_train_steps`.
-      init: makes a fresh state from a key.
-      key: of parameters, order and augmentation; what step s draws depends on `key` and s alone.
-      split: images and labels, moved to the device whole.
+      init: makes a fresh state on the mesh from the key.
+      key: of parameters and augmentation, on the mesh; what step s draws depends on `key` and s
+        alone.
+      feed: gives the samples of each step; the caller closes it.
       config: how long, and how often to save.
-      flip: whether images are mirrored in every other epoch. Not for digits or letters.
+      mesh: devices of the run.
       workdir: directory of `checkpoints/` and `metrics.jsonl`.
       watch: held-out accuracy of each exit, called after each epoch; nothing is decided by it.
       learning_rate: the schedule, for the record.
@@ -81,43 +82,40 @@ def train(
       CheckpointError: if there are checkpoints and none can be read.
       Stopped: after SIGTERM or SIGINT; the state is saved.
     """
-    per_epoch = len(split.images) // config.batch
+    per_epoch = feed.per_epoch
     total = per_epoch * config.epochs
     if checkpoint.steps(workdir / CHECKPOINTS):
-        step, state, rows = _restore(workdir, init, key, console)
+        step, state, rows = _restore(workdir, init, key, mesh, console)
     else:
         step, state, rows = 0, init(key), []
     if step == total:
         return state, rows
-    (workdir / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    upright, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
-    images = upright
+    if distributed.first():
+        write_text(workdir / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+    augmentation_key = jax.random.fold_in(key, 2)
     began = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
-    saved, order = time.monotonic(), None
+    saved = time.monotonic()
 
     with (
         _signals() as caught,
         progress_bar(console, *_COLUMNS) as bar,
-        (workdir / METRICS).open("a") as file,
+        (workdir / METRICS if distributed.first() else Path(os.devnull)).open("a") as file,
+        checkpoint.writer(workdir / CHECKPOINTS) as save,
     ):
         task = bar.add_task("training", total=total, completed=step, status="compiling")
         while step < total:
-            epoch, start = divmod(step, per_epoch)
-            if order is None or start == 0:
-                epoch_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
-                order = _order(epoch_key, len(split.images), config.batch)
-                if flip:
-                    images = mirrored(jax.random.fold_in(key, 3), upright, epoch)
-            count = min(config.steps_per_dispatch, per_epoch - start)
+            count = min(config.steps_per_dispatch, per_epoch - step % per_epoch)
             before = time.monotonic()
-            state, metrics = train_steps(
-                state, jax.random.fold_in(key, 2), images, labels, order, start, count
-            )
+            fed = feed(step, count)
+            waited = time.monotonic() - before
+            state, metrics = train_steps(state, augmentation_key, *fed, count)
             metrics = jax.device_get(metrics)
             step += count
             row = _row(metrics, step, step / per_epoch, count)
             row["learning_rate"] = float(learning_rate(step - 1))
-            row["images_per_second"] = count * config.batch / (time.monotonic() - before)
+            took = time.monotonic() - before
+            row["images_per_second"] = count * config.batch / took
+            row["input_wait"] = waited / took  # share of the time without images to train on
             if metrics.first_bad >= 0:
                 raise FloatingPointError(
                     f"the loss or its gradient is not finite at step {int(metrics.first_bad)}; "
@@ -133,16 +131,20 @@ def train(
             status = _status(row, config.epochs)
             bar.update(task, completed=step, status=status)
             if epoch_ends and not console.is_terminal:
-                console.print(f"epoch {epoch + 1}/{config.epochs}  {status}")
+                console.print(f"epoch {step // per_epoch}/{config.epochs}  {status}")
             late = time.monotonic() - saved >= config.checkpoint_seconds
-            if late or step == total or caught:
-                checkpoint.save(workdir / CHECKPOINTS, step, state)
+            # All processes save and stop at the same step: a signal comes to any of them, and only
+            # the first one's clock counts.
+            told = distributed.agreed((caught[0] if caught else 0, late))
+            number, late = int(told[:, 0].max()), bool(told[0, 1])
+            if late or step == total or number:
+                save(step, state)
                 saved = time.monotonic()
-            if caught:
+            if number:
                 raise Stopped(
-                    f"{signal.Signals(caught[0]).name}: saved after step {step} of {total}; "
+                    f"{signal.Signals(number).name}: saved after step {step} of {total}; "
                     f"continue with --workdir {workdir} --resume",
-                    128 + caught[0],
+                    128 + number,
                 )
     return state, rows
 
@@ -188,17 +190,19 @@ def _status(row: dict[str, Any], epochs: int) -> str:
 
 
 def _restore(
-    workdir: Path, init: Callable[[Array], TrainState], key: Array, console: Console
+    workdir: Path, init: Callable[[Array], TrainState], key: Array, mesh: Mesh, console: Console
 ) -> tuple[int, TrainState, list[dict[str, Any]]]:
     """The newest checkpoint that can be read, and the metrics up to it."""
 
     def warn(message: str) -> None:
         console.print(f"WARNING: {message}; using the one before it", style="yellow")
 
-    # On this process's device, whatever device wrote it.
-    here = SingleDeviceSharding(jax.devices()[0])
+    # On the devices of this run, whatever devices wrote it.
+    shapes = jax.eval_shape(init, key)
     like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(init, key)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes),
     )
     step, state = checkpoint.restore(workdir / CHECKPOINTS, like, warn)
     rows = []

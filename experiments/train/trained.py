@@ -6,6 +6,7 @@ The main job and every network of a comparison call `trained`. What does not dep
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 from optax.contrib import MuonDimensionNumbers, muon
 from rich.console import Console
 
@@ -31,12 +33,16 @@ from eejax.training import (
     init_state,
     joined,
     make_train_steps,
+    placement,
 )
+from experiments import distributed
 from experiments.data import splits
 from experiments.data.config import DataConfig
 from experiments.train import loop
 from experiments.train.augment import augment
 from experiments.train.config import NetworkConfig, TrainConfig, build_network, exit_weights
+from experiments.train.feeding import Feed, Resident
+from experiments.train.host_feed import HostFeed
 
 # From which a layer that begins with statistics of its input takes them.
 _INIT_IMAGES = 1_000
@@ -62,7 +68,7 @@ class TrainRun:
 
 
 def trained(
-    run: TrainRun, seed: int, place: Path, console: Console
+    run: TrainRun, seed: int, place: Path, console: Console, mesh: Mesh | None = None
 ) -> tuple[Variables, list[dict[str, Any]]]:
     """Trains a network, continues from its newest checkpoint, or reads it if it is finished.
 
@@ -71,34 +77,65 @@ def trained(
       seed: of parameters, order and augmentation.
       place: directory of `checkpoints/` and `metrics.jsonl`.
       console: for progress.
+      mesh: devices to train on, of all processes; this process's first device by default.
 
     Returns:
-      Parameters and running statistics, and the rows of `metrics.jsonl`.
+      Parameters and running statistics, on this process's first device, and the rows of
+      `metrics.jsonl`.
 
     Raises:
       FloatingPointError: if training diverges.
       CheckpointError: if there are checkpoints and none can be read.
       loop.Stopped: after SIGTERM or SIGINT; the state is saved.
     """
-    data, model, (init, train_steps, learning_rate) = dataset(run), network(run), program(run)
+    mesh = placement.make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
+    data, model = dataset(run), network(run)
+    init, train_steps, learning_rate = program(run, mesh)
+    key = placement.replicate(mesh, jax.random.key(seed))
 
     def held_out_accuracy(state: TrainState) -> list[float]:
-        trace = collect(model, state.variables, *data.calibrate)
+        variables = placement.local(state.variables)
+        if not distributed.first():
+            return []
+        trace = collect(model, variables, *data.calibrate)
         return (trace.logits.argmax(-1) == trace.labels[:, None]).mean(0).tolist()
 
-    state, rows = loop.train(
-        train_steps,
-        init,
-        jax.random.key(seed),
-        data.train,
-        run.train,
-        flip=run.data.flip,
-        workdir=place,
-        watch=held_out_accuracy,
-        learning_rate=learning_rate,
-        console=console,
+    with contextlib.closing(make_feed(run, key, mesh)) as feed:
+        state, rows = loop.train(
+            train_steps,
+            init,
+            key,
+            feed,
+            run.train,
+            mesh=mesh,
+            workdir=place,
+            watch=held_out_accuracy,
+            learning_rate=learning_rate,
+            console=console,
+        )
+    return placement.local(state.variables), rows
+
+
+def make_feed(run: TrainRun, key: Array, mesh: Mesh) -> Feed:
+    """Training images from the device where they are an array, and from their files otherwise.
+
+    Args:
+      run: the configuration.
+      key: of the run, on the mesh.
+      mesh: of the run.
+    """
+    train, batch = dataset(run).train, run.train.batch
+    if isinstance(train, splits.Split):
+        return Resident(train, key, batch, flip=run.data.flip, mesh=mesh)
+    return HostFeed(
+        train.images,
+        key,
+        run.data,
+        mesh,
+        batch=batch,
+        epochs=run.train.epochs,
+        steps_per_dispatch=run.train.steps_per_dispatch,
     )
-    return state.variables, rows
 
 
 def dataset(run: TrainRun) -> splits.Dataset:
@@ -142,7 +179,7 @@ def _costs(run: TrainRun, link: str | None) -> cost.Costs:
 
 @functools.cache
 def program(
-    run: TrainRun,
+    run: TrainRun, mesh: Mesh | None = None
 ) -> tuple[
     Callable[[Array], TrainState], Callable[..., tuple[TrainState, Metrics]], optax.Schedule
 ]:
@@ -170,12 +207,16 @@ def program(
         steps=steps,
         classes=len(data.classes),
         label_smoothing=train.label_smoothing,
+        mesh=mesh,
     )
     learning_rate = joined(functools.partial(schedule, train, train.learning_rate), phases, steps)
     # An argument of the compiled program: XLA would try to fold a constant.
-    first = jnp.asarray(data.train.images[:_INIT_IMAGES])
+    images = data.train.images[:_INIT_IMAGES]
+    first = jnp.asarray(images) if mesh is None else placement.replicate(mesh, images)
     begin = jax.jit(
-        lambda key, images: init_state(model, rule(steps), key, images, phases[0].begin)
+        lambda key, images: placement.constrain_state(
+            mesh, init_state(model, rule(steps), key, images, phases[0].begin)
+        )
     )
     return lambda key: begin(key, first), train_steps, learning_rate
 
