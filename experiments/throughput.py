@@ -1,14 +1,17 @@
-"""Images a second of a training step, with one exit and with many.
+"""Images a second of a training step, with one exit and with many, and of its input.
 
 python -m experiments.throughput
+python -m experiments.throughput --data.name files --data.dir DIR --data.crop random
 python -m experiments.throughput --data.name digits --network.name resnet --network.depth 20
 python -m experiments.throughput --network.width 64 --train.batch 512 --dtypes float32
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +25,11 @@ from rich.table import Table
 
 from eejax import cost
 from eejax.benchmark import paired_seconds
+from eejax.training import placement
 from experiments import command_line
 from experiments.checks import require
 from experiments.cifar.config import Config
+from experiments.data import splits
 from experiments.data.config import DataConfig
 from experiments.data.config import check as check_data
 from experiments.files import write_json
@@ -35,13 +40,17 @@ from experiments.train import trained
 from experiments.train.config import PLAIN_REGIME, NetworkConfig, TrainConfig
 from experiments.train.config import check as check_training
 
+_WARM = 2  # steps before those that are timed with their input
+
 
 @dataclass(frozen=True)
 class Arguments:
     """Time a training step of the plain network, which has the last exit alone, and of the network
     with all of its exits: augmentation, forward and backward pass, optimiser. All programs run in
-    turn in one process, so that other work on the machine slows them alike. Without flags: network,
-    regime and batch of configs/cifar10.py. A regime with several phases is timed in its first."""
+    turn in one process, so that other work on the machine slows them alike. Then the input is timed
+    alone, and beside the steps of the network with all exits, as in training. Without flags:
+    network, regime and batch of configs/cifar10.py. A regime with several phases is timed in its
+    first."""
 
     repeats: int = 10
     """Timed rounds; every program takes a step in each."""
@@ -80,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
             rows = measure(arguments)
         console.print(f"{rows[0]['network']}, batch {rows[0]['batch']}\n{environment['device']}")
         console.print(_table(rows))
+        console.print(_input_table(rows[1::2]))
         if arguments.json is not None:
             write_json(arguments.json, [{**row, **environment} for row in rows])
 
@@ -121,31 +131,65 @@ def measure(arguments: Arguments) -> list[dict[str, Any]]:
         many["time_ratio"] = float(np.median(times[i + 1] / times[i]))
         many["macs_ratio"] = many["macs"] / one["macs"]
         many["overhead"] = many["time_ratio"] / many["macs_ratio"]
+        many.update(_fed(runs[i + 1], arguments.repeats))
     return rows
 
 
+def _fed(run: trained.TrainRun, repeats: int) -> dict[str, Any]:
+    """The columns on the input, from `repeats` steps."""
+    batch = run.train.batch
+    mesh = placement.make_mesh(jax.local_devices()[:1])
+    key = placement.replicate(mesh, jax.random.key(0))
+    init, train_steps, _ = trained.program(run, mesh)
+    state = init(key)
+    seconds, began, waited = [], 0.0, 0.0
+    for steps in (False, True):
+        with contextlib.closing(trained.make_feed(run, key, mesh)) as feed:
+            for step in range(_WARM + repeats):
+                if step == _WARM:
+                    began, waited = time.perf_counter(), 0.0
+                before = time.perf_counter()
+                fed = jax.block_until_ready(feed(step, 1))
+                waited += time.perf_counter() - before
+                if steps:
+                    state, metrics = train_steps(state, key, *fed, 1)
+                    jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - began)
+    alone, together = seconds
+    resident = isinstance(trained.dataset(run).train, splits.Split)
+    return {
+        "feed": "resident" if resident else "streamed",
+        "input_images_per_second": repeats * batch / alone,
+        "together_images_per_second": repeats * batch / together,
+        "input_wait": waited / together,
+    }
+
+
 def _runs(arguments: Arguments, dtype: Any) -> list[trained.TrainRun]:
-    """The plain network and the network with all exits."""
+    """The plain network and the network with all exits, with one step a dispatch."""
     network = dataclasses.replace(arguments.network, dtype=dtype)
-    plain = dataclasses.replace(arguments.train, regime=PLAIN_REGIME, exit_weights=())
+    # An epoch has at least one step, and so many are taken.
+    epochs = max(arguments.train.epochs, _WARM + arguments.repeats)
+    train = dataclasses.replace(arguments.train, steps_per_dispatch=1, epochs=epochs)
+    plain = dataclasses.replace(train, regime=PLAIN_REGIME, exit_weights=())
     return [
         trained.TrainRun(arguments.data, network, plain, ends_at=network.num_exits - 1),
-        trained.TrainRun(arguments.data, network, arguments.train),
+        trained.TrainRun(arguments.data, network, train),
     ]
 
 
 def _step(run: trained.TrainRun) -> Callable[[], Any]:
     """A call that takes the next training step, always with the same samples."""
-    init, train_steps, _ = trained.program(run)
-    split = trained.dataset(run).train
-    images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
-    order = jnp.arange(run.train.batch, dtype=jnp.int32)[None]
-    key = jax.random.key(0)
+    mesh = placement.make_mesh(jax.local_devices()[:1])
+    init, train_steps, _ = trained.program(run, mesh)
+    key = placement.replicate(mesh, jax.random.key(0))
+    with contextlib.closing(trained.make_feed(run, key, mesh)) as feed:
+        fed = jax.block_until_ready(feed(0, 1))
     state = init(key)
 
     def step() -> Any:
         nonlocal state  # donated to the step
-        state, metrics = train_steps(state, key, images, labels, order, 0, 1)
+        state, metrics = train_steps(state, key, *fed, 1)
         return state, metrics
 
     return step
@@ -172,6 +216,15 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['macs'] / 1e6:.3g}",
             *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
         )
+    return table
+
+
+def _input_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("dtype", "feed", "input alone", "step alone", "together", "wait", box=None)
+    for row in rows:
+        rates = [row[f"{name}images_per_second"] for name in ("input_", "", "together_")]
+        words = [f"{rate:,.0f}" for rate in rates]
+        table.add_row(row["dtype"], row["feed"], *words, f"{100 * row['input_wait']:.1f} %")
     return table
 
 

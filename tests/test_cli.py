@@ -1,8 +1,10 @@
 """The command line: what it fills in, and the one-line reasons it gives."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +54,10 @@ def test_a_configuration_file_is_taken_and_overridden(tmp_path):
     ids=lambda p: p.stem,
 )
 def test_every_configuration_file_can_be_run(path):
-    check(load_config(path, Config))
+    config = load_config(path, Config)
+    if config.data.name == "files":  # of the user, who says where they are
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=Path()))
+    check(config)
     text = path.read_text()
     assert "python -m experiments.cifar" in text, "its docstring gives the command"
 

@@ -41,6 +41,12 @@ def rows(*splits):
     )
 
 
+def resident(ds: data.Dataset) -> data.Split:
+    """The training split, which is an array."""
+    assert isinstance(ds.train, data.Split)
+    return ds.train
+
+
 # --- which data set ------------------------------------------------------------------------------
 
 
@@ -68,7 +74,7 @@ def test_a_named_data_set_is_never_replaced(name, tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'mnist'; there are auto, cifar10, .*digits"):
+    with pytest.raises(ValueError, match=r"'mnist'; there are auto, files, cifar10, .*digits"):
         data.resolve(dataclasses.replace(DIGITS, name="mnist"))
 
 
@@ -118,8 +124,9 @@ def test_digits_are_whole_and_in_range():
         assert split.images.dtype == np.uint8
         assert split.images.shape[1:] == (8, 8, 1)
         assert split.labels.dtype == np.int32
-    assert ds.train.images.min() == 0
-    assert ds.train.images.max() == 255
+    train = resident(ds)
+    assert train.images.min() == 0
+    assert train.images.max() == 255
     assert ds.classes == tuple("0123456789")
     assert ds.notice == ""
     assert "scikit-learn" in ds.source
@@ -194,12 +201,12 @@ def test_impossible_sizes_are_said(change, message):
 def test_limit_keeps_that_many_training_images_and_the_other_splits():
     whole = data.load(DIGITS, SEED)
     some = data.load(dataclasses.replace(DIGITS, limit=100), SEED)
-    assert len(some.train.labels) == 100
+    assert len(resident(some).labels) == 100
     np.testing.assert_array_equal(some.train.images, whole.train.images[:100])
     np.testing.assert_array_equal(some.choose.images, whole.choose.images)
     assert some.mean != whole.mean
     more = data.load(dataclasses.replace(DIGITS, limit=10_000), SEED)
-    assert len(more.train.labels) == len(whole.train.labels)
+    assert len(resident(more).labels) == len(resident(whole).labels)
 
 
 def test_a_certify_split_is_cut_from_the_training_images_alone():
@@ -210,19 +217,20 @@ def test_a_certify_split_is_cut_from_the_training_images_alone():
     for name in ("calibrate", "choose", "test"):
         for one, other in zip(getattr(ds, name), getattr(before, name), strict=True):
             np.testing.assert_array_equal(one, other)
-    assert (len(ds.train.labels), len(ds.certify.labels)) == (648, 250)
+    assert (len(resident(ds).labels), len(ds.certify.labels)) == (648, 250)
     assert rows(ds.train, ds.certify) == rows(before.train)
     left = iter(image.tobytes() for image in before.train.images)
     assert all(image.tobytes() in left for image in ds.train.images)
-    shares = np.bincount(before.train.labels) * 250 / 898
+    shares = np.bincount(resident(before).labels) * 250 / 898
     assert np.all(np.abs(np.bincount(ds.certify.labels) - shares) <= 2)
     assert np.any(np.diff(ds.certify.labels) < 0), "in random order, not class by class"
 
 
 def test_mean_and_std_are_those_of_the_training_images():
     ds = data.load(DIGITS, SEED)
-    np.testing.assert_allclose(ds.mean, ds.train.images.mean(axis=(0, 1, 2)), rtol=1e-9)
-    np.testing.assert_allclose(ds.std, ds.train.images.std(axis=(0, 1, 2)), rtol=1e-9)
+    images = resident(ds).images
+    np.testing.assert_allclose(ds.mean, images.mean(axis=(0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(ds.std, images.std(axis=(0, 1, 2)), rtol=1e-9)
     colour = np.random.default_rng(SEED).integers(0, 256, (1_500, 4, 4, 3), dtype=np.uint8)
     colour[..., 1] //= 2
     mean, std = data._moments(colour)

@@ -236,7 +236,7 @@ def test_prepared_data_are_decoded_in_silence(tmp_path, caplog, monkeypatch):
 
     def counted(folder):
         calls.append(folder)
-        with formats._quiet_absl():
+        with formats.quiet_absl():
             absl_logging.warning("a remark of tensorflow-datasets")
         return read_prepared(folder)
 

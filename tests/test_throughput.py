@@ -28,7 +28,23 @@ def test_rows_compare_one_exit_with_many(tmp_path, capsys):
         assert many["macs"] - one["macs"] == 11 * 2 * (2 + 12 + 12)
         assert many["macs_ratio"] == many["macs"] / one["macs"]
         assert many["overhead"] == pytest.approx(many["time_ratio"] / many["macs_ratio"])
+        assert many["feed"] == "resident"
+        assert many["input_images_per_second"] > 0
+        assert many["together_images_per_second"] > 0
+        assert 0 <= many["input_wait"] < 1
     assert f"{rows[1]['overhead']:.3f}" in capsys.readouterr().out
+
+
+def test_streamed_input_is_timed_alone_and_beside_the_steps(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    flags = ["--data.feed", "streamed", "--dtypes", "float32", "--json", str(path)]
+    assert throughput.main([*SMALL, *flags]) == 0
+    _, many = json.loads(path.read_text())
+    assert many["feed"] == "streamed"
+    assert many["input_images_per_second"] > 0
+    assert many["together_images_per_second"] > 0
+    assert 0 < many["input_wait"] < 1
+    assert "streamed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

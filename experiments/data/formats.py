@@ -208,7 +208,7 @@ def read_prepared(folder: Path) -> Decoded:
       ValueError: if the files cannot be read; one line says why.
     """
     try:
-        with _quiet_absl():
+        with quiet_absl():
             import tensorflow_datasets as tfds
 
             # `tfds.data_source(name)` ends in the same place, but insists on the one version that
@@ -237,7 +237,7 @@ def read_prepared(folder: Path) -> Decoded:
 
 
 @contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
+def quiet_absl() -> Iterator[None]:
     """Keeps warnings off the terminal that no user can act on (that Pillow decodes, not OpenCV)."""
     log = logging.getLogger("absl")
     before = log.level

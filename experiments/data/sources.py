@@ -113,7 +113,7 @@ SPECS = {
 
 def missing(name: str, config: DataConfig, *, look_in_cache: bool = True) -> str:
     """Where a data set is missing and what to do, on one line; "" if it can be had."""
-    spec, root, folder = SPECS[name], _prepared_root(config), _cache_folder(name, config)
+    spec, root, folder = SPECS[name], _prepared_root(config), cache_folder(name, config)
     if spec.read is None or formats.find_prepared(root, name):
         return ""
     if config.dir is not None:
@@ -150,7 +150,7 @@ def obtain(name: str, config: DataConfig) -> Decoded:
       FileNotFoundError, ConnectionError: if the images cannot be had.
       ValueError: if a source is damaged, or holds other data.
     """
-    spec, folder = SPECS[name], _cache_folder(name, config)
+    spec, folder = SPECS[name], cache_folder(name, config)
     assert spec.read is not None
     prepared = formats.find_prepared(_prepared_root(config), name)
     if not prepared and (problem := missing(name, config)):
@@ -259,7 +259,7 @@ def _check(name: str, decoded: Decoded) -> None:
 
 def _archived(name: str, config: DataConfig) -> list[Path]:
     """The archives in the cache, if all are there; else []."""
-    paths = [_cache_folder(name, config) / archive.file for archive in SPECS[name].archives]
+    paths = [cache_folder(name, config) / archive.file for archive in SPECS[name].archives]
     return paths if all(os.path.isfile(path) for path in paths) else []
 
 
@@ -268,6 +268,7 @@ def _prepared_root(config: DataConfig) -> Path:
     return Path(root).expanduser()
 
 
-def _cache_folder(name: str, config: DataConfig) -> Path:
+def cache_folder(name: str, config: DataConfig) -> Path:
+    """Directory of a data set in the cache."""
     root = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "eejax"
     return root.expanduser() / name

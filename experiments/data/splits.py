@@ -1,4 +1,4 @@
-"""Data sets as arrays in memory, divided into splits with one use each.
+"""Data sets as arrays, divided into splits with one use each.
 
     train      fits the weights
     calibrate  fits the policies, temperatures among them
@@ -6,7 +6,8 @@
     certify    certifies a risk; empty by default
     test       is reported
 
-All but `test`, the official test set, come from the official training images.
+All but `test`, the official test set, come from the official training images. Training images that
+do not fit on the device are `Streamed`; all other splits are arrays.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import sources
+from experiments.data import held_out, sources
 from experiments.data.cache import Decoded
 from experiments.data.config import DataConfig
+from experiments.data.decoding import Decoder
+from experiments.data.opening import open_files
+from experiments.data.records import Arrays, Source
 from experiments.data.sources import SPECS
+from experiments.data.streaming import Streamed
+
+FILES = "files"
+
+# From so many training images, in random order, are mean and standard deviation taken if the images
+# are in files.
+_MOMENTS = 1_000
 
 
 class Split(NamedTuple):
@@ -30,6 +41,12 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
+class StreamedSplit(NamedTuple):
+    """Training images that are decoded when they are indexed; their labels come with them."""
+
+    images: Streamed
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set, divided.
@@ -37,16 +54,17 @@ class Dataset:
     Attributes:
       name: "cifar10", "digits", ..., never "auto".
       classes: names.
-      train, calibrate, choose, certify, test: splits.
+      train: training split, an array or streamed.
+      calibrate, choose, certify, test: splits.
       notice: says that this is a fall-back; else "".
       source: where the images came from, in words.
-      mean: of each channel of the training split, in 0..255.
+      mean: of each channel of the training split, in 0..255; for files, of 1,000 of its images.
       std: likewise.
     """
 
     name: str
     classes: tuple[str, ...]
-    train: Split
+    train: Split | StreamedSplit
     calibrate: Split
     choose: Split
     certify: Split
@@ -61,8 +79,8 @@ def resolve(config: DataConfig) -> str:
     """The data set that `load` will read; takes a few seconds at most.
 
     Returns:
-      A key of `SPECS`. "auto" is "cifar10" if that is prepared, in the cache, or can be downloaded,
-      else "digits". A data set that was named is never replaced by another.
+      "files" or a key of `SPECS`. "auto" is "cifar10" if that is prepared, in the cache, or can be
+      downloaded, else "digits". A data set that was named is never replaced by another.
 
     Raises:
       FileNotFoundError: if the named data set cannot be had; one line says where it was looked for
@@ -70,8 +88,10 @@ def resolve(config: DataConfig) -> str:
       ValueError: if there is no data set of that name.
     """
     name = "cifar10" if config.name == "auto" else config.name
+    if name == FILES:
+        return name
     if name not in SPECS:
-        raise ValueError(f"no data set {name!r}; there are auto, {', '.join(SPECS)}")
+        raise ValueError(f"no data set {name!r}; there are auto, {FILES}, {', '.join(SPECS)}")
     missing = sources.missing(name, config)
     if missing and config.name != "auto":
         raise FileNotFoundError(missing)
@@ -94,6 +114,8 @@ def load(config: DataConfig, seed: int) -> Dataset:
       ValueError: if the splits do not fit, or a source is damaged.
     """
     name = resolve(config)
+    if name == FILES:
+        return _load_files(config, seed)
     spec = SPECS[name]
     notice = ""
     if config.name == "auto" and name == "digits":
@@ -107,6 +129,9 @@ def load(config: DataConfig, seed: int) -> Dataset:
         for rows in _cut(name, decoded.train_labels, config, seed)
     )
     mean, std = _moments(train.images)
+    if config.feed == "streamed":
+        source = Arrays(*train, decoded.classes)
+        train = StreamedSplit(Streamed(source, np.arange(len(source)), None))
     return Dataset(
         name=name,
         classes=decoded.classes,
@@ -120,6 +145,49 @@ def load(config: DataConfig, seed: int) -> Dataset:
         mean=mean,
         std=std,
     )
+
+
+def _load_files(config: DataConfig, seed: int) -> Dataset:
+    """As `load`, for images in files; splits are drawn by the numbers of the records."""
+    assert config.dir is not None
+    files = open_files(config.dir, config.test_split)
+    sizes = (config.calibrate, config.choose, config.certify)
+    _check_sizes(FILES, len(files.train), config)
+    decoder = Decoder(config.image_size, config.crop)
+
+    def array(source: Source, rows: np.ndarray) -> Split:
+        return Split(
+            *held_out.decoded(Streamed(source, rows, decoder), sources.cache_folder(FILES, config))
+        )
+
+    rng = np.random.Generator(np.random.PCG64(seed))
+    rows = rng.permutation(len(files.train))
+    *held, train = np.split(rows, np.cumsum(sizes))
+    calibrate, choose, certify = (array(files.train, part) for part in held)
+    # The same images for all seeds.
+    test = np.sort(np.random.default_rng(0).permutation(len(files.test))[: config.test])
+    images = Streamed(files.train, train[: config.limit], decoder)
+    mean, std = _moments(images[:_MOMENTS])
+    return Dataset(
+        name=FILES,
+        classes=files.train.classes,
+        train=StreamedSplit(images) if streams(config, images) else array(files.train, images.rows),
+        calibrate=calibrate,
+        choose=choose,
+        certify=certify,
+        test=array(files.test, test),
+        notice="",
+        source=files.words,
+        mean=mean,
+        std=std,
+    )
+
+
+def streams(config: DataConfig, images: Streamed) -> bool:
+    """Whether these training images, in files, are streamed and not kept on the device."""
+    if config.feed != "auto":
+        return config.feed == "streamed"
+    return config.crop == "random" or np.prod(images.shape, dtype=float) > config.memory * 2**30
 
 
 def stratified(
@@ -156,17 +224,22 @@ def _in_proportion(counts: np.ndarray, size: int) -> np.ndarray:
 
 def _cut(name: str, labels: np.ndarray, config: DataConfig, seed: int) -> list[np.ndarray]:
     """Indices of train, calibrate, choose and certify."""
-    held_out = (config.calibrate, config.choose, config.certify)
-    if sum(held_out) >= len(labels):
+    _check_sizes(name, len(labels), config)
+    sizes = (config.calibrate, config.choose, config.certify)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    calibrate, choose, certify, train = stratified(labels, sizes, rng)
+    return [train[: config.limit], calibrate, choose, certify]
+
+
+def _check_sizes(name: str, images: int, config: DataConfig) -> None:
+    """Raises ValueError if the held-out splits leave nothing of the training images."""
+    if config.calibrate + config.choose + config.certify >= images:
         certify = f" and certify={config.certify:,}" if config.certify else ""
         raise ValueError(
             f"calibrate={config.calibrate:,} and choose={config.choose:,}{certify} leave nothing "
-            f"to train on: {name} has {len(labels):,} training images; make --data.calibrate and "
+            f"to train on: {name} has {images:,} training images; make --data.calibrate and "
             "--data.choose smaller"
         )
-    rng = np.random.Generator(np.random.PCG64(seed))
-    calibrate, choose, certify, train = stratified(labels, held_out, rng)
-    return [train[: config.limit], calibrate, choose, certify]
 
 
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
