@@ -153,6 +153,7 @@ def test_a_risk_is_certified_on_samples_of_its_own(results, made, regime):
     target = row["target"]
     assert (target["value"], target["loss"], target["method"]) == (0.1, "disagreement", "betting")
     training = data.load(parse(FLAGS).run.data, 0).train
+    assert isinstance(training, data.Split)
     shown = list(zip_seeds(row, "risk"))
     assert row["certified"] == len(shown)
     for seed in SEEDS:
@@ -246,6 +247,7 @@ def test_nothing_is_chosen_on_the_test_split(workdir, models, monkeypatch, which
 def test_splits_do_not_overlap_and_have_the_sizes_asked_for(made):
     config = parse(FLAGS).run.data
     held = data.load(config, 0)
+    assert isinstance(held.train, data.Split)
     training = fingerprints(held.train.images)
     official = np.concatenate(
         [training, *(fingerprints(s.images) for s in (held.calibrate, held.choose, held.certify))]

@@ -45,10 +45,10 @@ def resolving_to(monkeypatch, name):
 def test_a_data_set_brings_its_configuration_and_flags_override_it():
     plain = parsed()
     assert plain.run == OWN
-    assert (plain.workdir, plain.jobs) == (Path("runs/compare-digits"), None)
+    assert (plain.workdir, plain.pool.jobs) == (Path("runs/compare-digits"), None)
     flags = ["--train.epochs", "3", "--policies", "max_prob", "vote", "--seeds", "5"]
     changed = parsed(*flags, "--static.no-enabled", "--jobs", "2", "--workdir", "elsewhere")
-    assert (changed.workdir, changed.jobs) == (Path("elsewhere"), 2)
+    assert (changed.workdir, changed.pool.jobs) == (Path("elsewhere"), 2)
     assert changed.run == dataclasses.replace(
         OWN,
         seeds=(5,),
@@ -172,7 +172,7 @@ def test_every_configuration_file_can_be_run(path):
         (["--network.exits", "6"], ["network.exits: (6,)", "before the last block"]),
         (["--network.no-gate"], ["network.gate", "soft_auxiliary"]),
         (["--train.exit-weights", "1", "2"], ["2 weights for 4 exits"]),
-        (["--jobs", "0"], ["--jobs 0", "at least 1"]),
+        (["--jobs", "0"], ["jobs: 0", "at least 1"]),
         (["--resume"], ["--resume needs --workdir"]),
         (["--config", "not/there.py"], ["not/there.py", "no such file"]),
         (["--workdir"], ["--workdir", "Missing value"]),
@@ -200,12 +200,14 @@ def test_a_mistake_ends_with_status_2_and_one_line(capsys):
     printed = capsys.readouterr()
     assert "leave nothing to train on" in printed.err
     assert printed.err.count("\n") == 1
+    assert compare.main([*DIGITS, "--data.feed", "streamed"]) == 2
+    assert "give --data.feed resident" in capsys.readouterr().err
 
 
 def test_a_mistake_is_a_line(capsys):
     assert compare.main(["--jobs", "0", *DIGITS]) == 2
     err = capsys.readouterr().err
-    assert err.rstrip().splitlines()[-1].startswith("error: --jobs 0")
+    assert err.rstrip().splitlines()[-1].startswith("error: jobs: 0")
     assert "Traceback" not in err
 
 

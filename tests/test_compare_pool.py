@@ -17,16 +17,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.train import pool as compare_pool
-from experiments.train.pool import Failure, Job
+from experiments.pool import local
+from experiments.pool import run as pool
+from experiments.pool.config import PoolConfig
+from experiments.pool.jobs import Failure, Job
 
 PATIENCE = 30.0  # seconds, for what takes about one
+NOWHERE = Path("/nowhere")  # processes of this machine need no folder
 
 
-def run(*jobs, workers):
+def run(*jobs, workers, retries=0):
     """Results, failures and what was printed."""
     console = Console(file=io.StringIO(), width=200)
-    results, failures = compare_pool.run("tests", jobs, workers, console)
+    config = PoolConfig(jobs=workers, retries=retries)
+    results, failures = pool.map("tests", jobs, config, NOWHERE, console)
     return results, failures, console.file.getvalue()  # pyright: ignore
 
 
@@ -48,7 +52,7 @@ def meet(folder, own, other):
     """Returns only if the other job runs at the same time."""
     (folder / own).touch()
     until((folder / other).exists)
-    return os.getpid(), compare_pool._cores()
+    return os.getpid(), local.cores()
 
 
 def say_where(folder, name):
@@ -79,7 +83,7 @@ def be_interrupted(folder):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     jobs = [Job("a", end_in_good_order, (folder,)), Job("b", run_on, (folder,))]
     try:
-        compare_pool.run("tests", jobs, 2, Console())
+        pool.map("tests", jobs, PoolConfig(jobs=2), NOWHERE, Console())
     except KeyboardInterrupt:
         print("interrupted")
 
@@ -136,7 +140,7 @@ def test_workers_run_side_by_side_on_cores_of_their_own_and_are_kept(tmp_path):
     processes = {process for process, _ in results.values()}
     assert len(processes) == 2
     assert os.getpid() not in processes
-    (_, mine), (_, others), whole = results["a"], results["b"], compare_pool._cores()
+    (_, mine), (_, others), whole = results["a"], results["b"], local.cores()
     if hasattr(os, "sched_setaffinity") and len(whole) > 1:
         assert sorted(mine + others) == whole, "each its share"
     else:
@@ -155,7 +159,7 @@ def test_one_worker_or_one_job_is_this_process(jobs, workers):
 def test_a_terminal_is_told_what_is_under_way():
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     jobs = [Job(n, os.getpid, (), lambda n=n: f"is at {n.upper()}") for n in "ab"]
-    compare_pool.run("tests", jobs, 1, console)
+    pool.map("tests", jobs, PoolConfig(jobs=1), NOWHERE, console)
     shown = console.file.getvalue()  # pyright: ignore
     assert "2/2" in shown
     assert "b is at B" in shown
@@ -178,6 +182,7 @@ def test_a_training_that_was_told_to_stop_ends_everything(tmp_path, monkeypatch)
     from experiments.compare import cells as compare_cells
     from experiments.compare.config import Comparison
     from experiments.data.config import DataConfig
+    from experiments.store import Store
     from experiments.train import loop
 
     begun = []
@@ -189,7 +194,7 @@ def test_a_training_that_was_told_to_stop_ends_everything(tmp_path, monkeypatch)
     monkeypatch.setattr(compare_cells, "_train", train)
     config = Comparison(data=DataConfig(name="digits", calibrate=100, choose=100))
     cells = compare_cells.cells(config)
-    jobs = [Job(c.key, compare_cells.prepare, (c, config.drift, tmp_path)) for c in cells]
+    jobs = [Job(c.key, compare_cells.prepare, (c, config.drift, Store(tmp_path))) for c in cells]
     with pytest.raises(KeyboardInterrupt):
         run(*jobs, workers=1)
     assert begun == [cells[0].name]

@@ -131,6 +131,15 @@ def test_parts_may_be_empty(tmp_path: Path) -> None:
     assert not {"significant", "time", "guarantees", "drift"} & set(page.values("id"))
 
 
+def test_the_reference_may_meet_no_budget(tmp_path: Path) -> None:
+    results = make_comparison(policies=FEW, seeds=1)
+    for row in results["rows"]:
+        row["class_exit_fractions"] = None
+    report.write(tmp_path, results, make_table(results))
+    page = check_stands_alone((tmp_path / "report.html").read_text("utf-8"))
+    assert "Exit fractions by class." not in page.values("aria-label")
+
+
 # --- the words
 
 

@@ -1,8 +1,9 @@
 """A cell of a comparison: one network, trained with one seed, and its outputs on every split.
 
-A cell has a directory under `networks/`, named by a hash of data, network, training and seed, and
-is computed once. Decisions (policies, thresholds) need only its traces, so the expensive part is
-shared by everything that is compared.
+A cell has a directory under `networks/`, named by a hash of data, network, training and seed. It is
+prepared in a directory of another name, where its checkpoints are and a training that was killed
+goes on, and committed whole. Decisions (policies, thresholds) need only its traces, so the
+expensive part is shared by everything that is compared.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +28,7 @@ from experiments.data.config import DataConfig
 from experiments.data.corruptions import corrupt
 from experiments.evaluate.decide import Traces
 from experiments.files import digest, replacing, write_json
+from experiments.store import Store, claimed, commit, draft, fetch, names
 from experiments.train import loop
 from experiments.train import trained as training
 from experiments.train.config import PLAIN_REGIME, NetworkConfig, TrainConfig, narrowed
@@ -33,7 +37,26 @@ from experiments.train.trained import TrainRun
 FORMAT = 1  # raise it when the content of a cell changes, so that older ones are made anew
 
 DONE = "trained.json"
+NETWORKS = "networks"
 PLAIN = "plain network"
+SPLITS: tuple[str, ...] = ("held_out", "test")
+
+# What a key is made of. A field that came later counts only where it differs from its default, so
+# that what was trained before keeps its name; its default means what was done before.
+_FIELDS = {
+    "data": {"name", "calibrate", "choose", "certify", "limit", "flip", "shift", "cutout"},
+    "network": {"name", "depth", "width", "exits", "options", "gate", "gate_reads", "dtype"},
+    "train": {
+        *("regime", "exit_weights", "cost_weight", "budget", "label_smoothing", "epochs", "batch"),
+        *("optimiser", "learning_rate", "adam_learning_rate", "momentum", "weight_decay"),
+        *("schedule", "warmup"),
+    },
+}
+# What changes where things are, or how fast, and no result.
+_APART = {
+    "data": {"dir", "cache", "download", "memory", "threads", "workers", "ahead"},
+    "train": {"steps_per_dispatch", "checkpoint_seconds"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +90,36 @@ class Cell:
     def key(self) -> str:
         """Name of the directory; it changes with everything that changes the result."""
         settings = to_json(self)
-        for where in ("dir", "cache", "download"):
-            settings["data"].pop(where)
-        for pace in ("steps_per_dispatch", "checkpoint_seconds"):
-            settings["train"].pop(pace)
+        for section, part in (
+            ("data", DataConfig()),
+            ("network", NetworkConfig()),
+            ("train", TrainConfig()),
+        ):
+            default = to_json(part)
+            settings[section] = {
+                name: value
+                for name, value in settings[section].items()
+                if name in _FIELDS[section]
+                or (name not in _APART.get(section, ()) and value != default[name])
+            }
+        if self.data.name == "files":  # which images, is told by where they are
+            settings["data"]["dir"] = str(self.data.dir)
         words = "".join(c if c.isalnum() else "-" for c in self.name).strip("-")
         return f"{words}-seed{self.seed}-{digest([FORMAT, settings])}"
 
+    @property
+    def any_seed(self) -> str:
+        """A name that is the same for all seeds."""
+        return dataclasses.replace(self, seed=0).key
+
+    @property
+    def place(self) -> str:
+        """Its directory, relative to the store."""
+        return f"{NETWORKS}/{self.key}"
+
     def directory(self, workdir: Path) -> Path:
         """Its directory."""
-        return workdir / "networks" / self.key
+        return workdir / self.place
 
 
 def dataset(config: Comparison) -> splits.Dataset:
@@ -112,51 +155,92 @@ def macs(cell: Cell) -> np.ndarray:
     return training.costs(cell.run).cumulative
 
 
-def prepare(cell: Cell, drift: DriftConfig, workdir: Path) -> None:
+def prepare(cell: Cell, drift: DriftConfig, store: Store) -> None:
     """Trains a cell and records its traces, as far as they are not there already.
 
-    Early exits are also tried on corrupted images.
+    Early exits are also tried on corrupted images. Two calls at a time train it twice, and the one
+    that ends first counts.
 
     Raises:
       FloatingPointError: if training diverges.
       KeyboardInterrupt: after a signal; the state is saved.
     """
-    place = cell.directory(workdir)
-    place.mkdir(parents=True, exist_ok=True)
-    if not (place / DONE).exists():
-        _train(cell, place)
-    network, images = training.network(cell.run), training.dataset(cell.run)
-    fitted = variables(cell, workdir)
-    for name in missing(cell, drift, workdir):
-        if name in ("held_out", "test"):
-            split = images.test if name == "test" else held_out(images)
-        else:
-            kind, severity, count = name.split("-")
-            test = images.test.images[: int(count)]
-            corrupted = corrupt(test, kind, int(severity), seed=0)
-            split = splits.Split(corrupted, images.test.labels[: int(count)])
-        with replacing(place / f"{name}.npz") as temporary:
-            save_trace(temporary, collect(network, fitted, *split))
+    place = cell.directory(store.workdir)
+    if not trained([cell], store):
+        with claimed(place) as scratch:
+            if not trained([cell], store):
+                # Begun by an older version, or not in the bucket yet. In this order: what another
+                # process commits meanwhile has DONE in it from the first moment.
+                begun = place.is_dir() and (store.bucket or not (place / DONE).exists())
+                if begun and not any(scratch.iterdir()):
+                    os.replace(place, scratch)
+                _train(cell, scratch)
+                for name in SPLITS:
+                    with replacing(scratch / f"{name}.npz") as file:
+                        _trace(cell, name, scratch, file)
+                commit(store, scratch, cell.place)
+    fetch(store, cell.place)
+    for name in missing(cell, drift, names(store, cell.place), store):
+        with draft(store, f"{cell.place}/{name}.npz") as file:
+            _trace(cell, name, place, file)
 
 
-def missing(cell: Cell, drift: DriftConfig, workdir: Path) -> list[str]:
-    """The files that `prepare` would write after training."""
-    names = ["held_out", "test"]
+def trained(cells: Sequence[Cell], store: Store) -> list[Cell]:
+    """Those whose training has ended, here or in the bucket."""
+    there = names(store, NETWORKS)
+    done = [cell for cell in cells if cell.key in there]
+    if store.bucket is not None:
+        return done
+    return [cell for cell in done if (cell.directory(store.workdir) / DONE).exists()]
+
+
+def missing(cell: Cell, drift: DriftConfig, there: set[str], store: Store) -> list[str]:
+    """The traces that `prepare` would record of a trained cell.
+
+    Args:
+      cell: the cell.
+      drift: corrupted images to try it on.
+      there: what is committed in its directory.
+      store: where that is.
+    """
+    # A bucket has them in the cell's archive.
+    packed = SPLITS if store.bucket is not None else ()
+    return [
+        name for name in traced(cell, drift) if f"{name}.npz" not in there and name not in packed
+    ]
+
+
+def traced(cell: Cell, drift: DriftConfig) -> list[str]:
+    """The traces of a cell, by their names."""
+    wanted = list(SPLITS)
     if cell.kind == "regime" and drift.policies:
         count = min(drift.images, len(training.dataset(cell.run).test.images))
-        names += [drift_name(k, s, count) for k in drift.kinds for s in drift.severities]
-    place = cell.directory(workdir)
-    return [name for name in names if not (place / f"{name}.npz").exists()]
+        wanted += [drift_name(k, s, count) for k in drift.kinds for s in drift.severities]
+    return wanted
+
+
+def bring(cell: Cell, drift: DriftConfig, store: Store) -> None:
+    """Makes sure that a trained cell and its traces are in `workdir`."""
+    fetch(store, cell.place)
+    for name in traced(cell, drift):
+        fetch(store, f"{cell.place}/{name}.npz")
+
+
+def record(cell: Cell, workdir: Path) -> dict[str, Any]:
+    """What was noted of a trained cell in `workdir`: `seconds` of training, `macs` of each exit."""
+    return json.loads((cell.directory(workdir) / DONE).read_text())
 
 
 def progress(cell: Cell, workdir: Path) -> str:
     """How far its training is, in words."""
-    path = cell.directory(workdir) / loop.METRICS
-    try:
-        last = path.read_text().splitlines()[-1]
-        return f"epoch {json.loads(last)['epoch']:.1f}/{cell.train.epochs}"
-    except (FileNotFoundError, IndexError, json.JSONDecodeError):
-        return ""
+    place = cell.directory(workdir)
+    rows = []
+    for path in place.parent.glob(f".{place.name}.*.work/{loop.METRICS}"):
+        try:
+            rows.append(json.loads(path.read_text().splitlines()[-1])["epoch"])
+        except (FileNotFoundError, IndexError, json.JSONDecodeError):
+            continue
+    return f"epoch {max(rows):.1f}/{cell.train.epochs}" if rows else ""
 
 
 def drift_name(kind: str, severity: int, count: int) -> str:
@@ -197,13 +281,34 @@ def select(trace: Trace, rows: np.ndarray) -> Trace:
 
 @functools.cache
 def training_ids(run: TrainRun) -> np.ndarray:
-    """Fingerprints of the samples that a network was trained on."""
-    return fingerprints(training.dataset(run).train.images)
+    """Fingerprints of the samples that a network was trained on.
+
+    Empty if they are decoded while it trains: cropped at random they have none, and that the
+    splits have no image in common rests on the division alone.
+    """
+    train = training.dataset(run).train
+    return fingerprints(train.images) if isinstance(train, splits.Split) else np.zeros(0, np.uint64)
 
 
 def variables(cell: Cell, workdir: Path) -> Variables:
     """Variables of a trained cell."""
-    place = cell.directory(workdir)
+    return _variables(cell, cell.directory(workdir))
+
+
+def _trace(cell: Cell, name: str, place: Path, to: Path) -> None:
+    """Records a trace of the trained cell in `place`."""
+    images = training.dataset(cell.run)
+    if name in SPLITS:
+        split = images.test if name == "test" else held_out(images)
+    else:
+        kind, severity, count = name.split("-")
+        test = images.test.images[: int(count)]
+        corrupted = corrupt(test, kind, int(severity), seed=0)
+        split = splits.Split(corrupted, images.test.labels[: int(count)])
+    save_trace(to, collect(training.network(cell.run), _variables(cell, place), *split))
+
+
+def _variables(cell: Cell, place: Path) -> Variables:
     return training.trained(cell.run, cell.seed, place, Console(quiet=True))[0]
 
 

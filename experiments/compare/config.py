@@ -1,12 +1,17 @@
-"""Configuration of a comparison, regimes, policies, targets, seeds, and its command line."""
+"""Configuration of a comparison, regimes, policies, targets, seeds, and its command line.
+
+A grid has a comparison for each pair of a data set and a backbone, its blocks. A block is what the
+same command would compare with these flags alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -14,8 +19,19 @@ from eejax.policies import POLICIES
 from experiments.checks import require, require_all, require_not_negative, require_positive
 from experiments.cifar.config import Config
 from experiments.cifar.config import check as check_run
-from experiments.command_line import CONFIGS, PolicyName, load_config, parse_run
-from experiments.data.config import DataConfig
+from experiments.command_line import (
+    CONFIGS,
+    PolicyName,
+    Start,
+    load_config,
+    parse_run,
+    parse_some,
+    parse_start,
+)
+from experiments.data.config import DataConfig, DatasetName
+from experiments.files import write_json
+from experiments.pool import config as pool_config
+from experiments.pool.config import PoolConfig
 from experiments.train.config import PLAIN_REGIME, NetworkConfig, RegimeName, TrainConfig
 
 Loss = Literal["disagreement", "error"]
@@ -130,6 +146,18 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Several data sets, several backbones: one block for each pair."""
+
+    datasets: tuple[DatasetName, ...] = ()
+    """Data sets, each with its own configuration as --data.name would take it."""
+    backbones: tuple[str, ...] = ()
+    """Backbones, a family with its arguments each: "fast width=8" "resnet depth=20 exits=3,6".
+    depth, width and exits are as --network.*, anything else as --network.options. For each data
+    set; default: the data set's own."""
+
+
+@dataclass(frozen=True)
 class Arguments:
     """Compare ways of stopping early on equal terms: every regime of training, every policy, every
     target and seed, with baselines, statistics and pictures. What is in --workdir already is not
@@ -139,24 +167,121 @@ class Arguments:
     config: Path | None = None
     """File that sets the fields below; flags override it. Default: configs/compare/DATASET.py."""
     workdir: Path | None = None
-    """Directory for everything. Default: runs/compare-DATASET."""
+    """Directory for everything. Machines that work together share it, or a --bucket. Default:
+    runs/compare-DATASET."""
+    bucket: str | None = None
+    """URL of a bucket, such as s3://bucket/comparison, for results; --workdir is then this
+    machine's copy of them. It needs the package of fsspec for it (s3fs, gcsfs)."""
     resume: bool = False
     """Take the configuration that --workdir was begun with; flags override it. If there is none
     yet, begin one, so that a job scheduler can restart the same command."""
-    jobs: int | None = None
-    """Trainings, and choices, at a time. Default: one a core; one where there is an accelerator."""
+    budget_hours: float | None = None
+    """Hours of training, of all workers together. Networks begin seed by seed, each only if it is
+    forecast to fit, from what networks like it took. The same command goes on with what is left."""
+    grid: Annotated[Grid, tyro.conf.arg(name="")] = field(default_factory=Grid)
+    pool: Annotated[PoolConfig, tyro.conf.arg(name="")] = field(default_factory=PoolConfig)
     run: Annotated[Comparison, tyro.conf.arg(name="")] = field(default_factory=Comparison)
 
 
+class Block(NamedTuple):
+    """A comparison within a grid.
+
+    Attributes:
+      name: of its directory within the working directory; "" if it is the only one.
+      config: checked.
+      resumed: whether it was begun before, and goes on with its configuration.
+    """
+
+    name: str
+    config: Comparison
+    resumed: bool
+
+
+PROG = "python -m experiments.compare"
+GRID = "grid.json"
+
+
 def parse(argv: Sequence[str]) -> Arguments:
-    """Reads a command line, as `command_line.parse_run`, and checks it before anything slow."""
-    arguments, _ = parse_run(Arguments, "python -m experiments.compare", argv, default)
-    check(arguments.run)
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise ValueError(f"--jobs {arguments.jobs}: give at least 1.")
-    name = arguments.run.data.name
-    workdir = Path("runs") / f"compare-{'digits' if name == 'auto' else name}"
-    return dataclasses.replace(arguments, workdir=arguments.workdir or workdir)
+    """The arguments of `parse_grid`."""
+    return parse_grid(argv)[0]
+
+
+def parse_grid(argv: Sequence[str]) -> tuple[Arguments, list[Block]]:
+    """Reads a command line, as `command_line.parse_run`, and checks it before anything slow.
+
+    Returns:
+      The arguments, with the configuration of the first block, and all blocks.
+    """
+    start, grid = parse_start(argv), parse_some(Grid, argv)
+    if start.resume and start.workdir is not None and (start.workdir / GRID).is_file():
+        begun = json.loads((start.workdir / GRID).read_text())
+        grid = Grid(
+            grid.datasets or tuple(begun["datasets"]), grid.backbones or tuple(begun["backbones"])
+        )
+    for name, values in (("datasets", grid.datasets), ("backbones", grid.backbones)):
+        require(len(set(values)) == len(values), name, values, "each once")
+    blocks = [
+        _block(argv, start, dataset, backbone)
+        for dataset in grid.datasets or ("",)
+        for backbone in grid.backbones or ("",)
+    ]
+    for _, block in blocks:
+        try:
+            check(block.config)
+        except ValueError as error:
+            raise ValueError(f"{block.name}: {error}" if block.name else str(error)) from None
+    arguments = blocks[0][0]
+    pool_config.check(arguments.pool)
+    require_positive("", arguments, "budget_hours")
+    names = grid.datasets or (arguments.run.data.name,)
+    name = "-".join("digits" if name == "auto" else name for name in names)
+    workdir = arguments.workdir or Path("runs") / f"compare-{name}"
+    return (
+        dataclasses.replace(arguments, workdir=workdir, grid=grid),
+        [block for _, block in blocks],
+    )
+
+
+def store_grid(workdir: Path, grid: Grid) -> None:
+    """Keeps what a grid is of, for --resume."""
+    if grid != Grid():
+        write_json(workdir / GRID, dataclasses.asdict(grid))
+
+
+def _block(
+    argv: Sequence[str], start: Start, dataset: str, backbone: str
+) -> tuple[Arguments, Block]:
+    """The comparison of a data set and a backbone; an empty word leaves it to the flags."""
+    words = "-".join(filter(None, (dataset, backbone)))
+    name = "".join(c if c.isalnum() or c in "._" else "-" for c in words).strip("-")
+    flags = [*argv, *(("--data.name", dataset) if dataset else ()), *backbone_flags(backbone)]
+    if name and start.workdir is not None:
+        flags += ["--workdir", str(start.workdir / name)]
+    arguments, _ = parse_run(Arguments, PROG, flags, default)
+    block = Block(name, arguments.run, arguments.resume)
+    if name and start.workdir is not None:
+        arguments = dataclasses.replace(arguments, workdir=start.workdir)
+    return arguments, block
+
+
+def backbone_flags(words: str) -> list[str]:
+    """The flags that a backbone stands for: "resnet depth=20 exits=3,6" and so on.
+
+    Raises:
+      ValueError: if an argument is no name=value.
+    """
+    if not words:
+        return []
+    family, *arguments = words.split()
+    flags, options = ["--network.name", family], []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        require(bool(name and equals and value), "backbones", argument, "name=value")
+        if name in ("depth", "width") or (name == "exits" and "," in value):
+            flags += [f"--network.{name}", *filter(None, value.split(","))]
+        else:
+            options.append(argument)
+    return [*flags, *(("--network.options", *options) if options else ())]
 
 
 def default(name: str) -> Comparison:

@@ -32,16 +32,21 @@ from experiments.compare.certify import certified
 from experiments.compare.config import Comparison, DriftConfig
 from experiments.evaluate import decide as evaluate
 from experiments.evaluate.decide import Targets, Traces, View, outcome
-from experiments.files import digest, replacing, write_text
+from experiments.files import digest
+from experiments.store import Store, draft, fetch
 
 CASCADE = "cascade"
+DECISIONS = "decisions"
 MOST_MEMBERS = 3
+
+_WORDS = "decided"  # everything that is no array, as JSON in UTF-8
 
 # A decision depends on the source of every module that this one imports, directly or not, but for
 # these: what they change is in the traces, or in the configuration, or is no part of a decision.
 APART = ("eejax.training", "eejax.models", "eejax.pretrained", "eejax.adapters", "eejax.inference")
 APART += ("eejax.checkpoint", "experiments.train", "experiments.data.sources")
 APART += ("experiments.files", "experiments.command_line", "experiments.cifar")
+APART += ("experiments.pool", "experiments.store", "experiments.distributed")
 
 
 class Model(NamedTuple):
@@ -93,8 +98,8 @@ class Choice(NamedTuple):
     decided: Decided
 
 
-def path(model: Model, policy: str, config: Comparison, workdir: Path) -> Path:
-    """Where a decision is kept; changes with everything that changes the result."""
+def name(model: Model, policy: str, config: Comparison) -> str:
+    """Of the file of a decision; it changes with everything that changes the result."""
     made_of = [
         sources(),
         [cell.key for cell in model.cells],
@@ -104,8 +109,7 @@ def path(model: Model, policy: str, config: Comparison, workdir: Path) -> Path:
         [to_json(part) for part in (config.targets, config.guarantee, config.drift)],
         config.timing.batch,
     ]
-    name = f"{model.name}-seed{model.seed}-{policy}-{digest(made_of)}.json"
-    return workdir / "decisions" / name
+    return f"{model.name}-seed{model.seed}-{policy}-{digest(made_of)}.npz"
 
 
 @functools.cache
@@ -141,22 +145,23 @@ def deciding() -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def decide(model: Model, policy: str, config: Comparison, workdir: Path) -> None:
+def decide(model: Model, policy: str, config: Comparison, store: Store) -> None:
     """Decides and writes."""
-    target = path(model, policy, config, workdir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    *parts, arrays = _decided(model, policy, config, workdir)
-    with replacing(target.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    write_text(target, json.dumps(parts))
+    for cell in model.cells:
+        compare_cells.bring(cell, config.drift, store)
+    *parts, arrays = _decided(model, policy, config, store.workdir)
+    words = np.frombuffer(json.dumps(parts).encode(), np.uint8)
+    target = f"{DECISIONS}/{name(model, policy, config)}"
+    with draft(store, target) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays, **{_WORDS: words})  # type: ignore[arg-type]
 
 
-def read(model: Model, policy: str, config: Comparison, workdir: Path) -> Decided:
+def read(model: Model, policy: str, config: Comparison, store: Store) -> Decided:
     """Reads what `decide` wrote."""
-    target = path(model, policy, config, workdir)
-    with np.load(target.with_suffix(".npz")) as stored:
-        rows, curve, fitted, drift = json.loads(target.read_text())
-        return Decided(rows, curve, fitted, drift, dict(stored))
+    with np.load(fetch(store, f"{DECISIONS}/{name(model, policy, config)}")) as stored:
+        arrays = dict(stored)
+    rows, curve, fitted, drift = json.loads(arrays.pop(_WORDS).tobytes())
+    return Decided(rows, curve, fitted, drift, arrays)
 
 
 def _decided(model: Model, policy: str, config: Comparison, workdir: Path) -> Decided:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,22 +12,23 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.panel import Panel
 
-from eejax.policies import POLICIES
-from eejax.training import REGIMES
 from experiments.command_line import read_run, write_run
 from experiments.compare import cells as compare_cells
 from experiments.compare import decide as compare_decide
+from experiments.compare import grid as compare_grid
+from experiments.compare import planning, schemes
 from experiments.compare import report as compare_report
-from experiments.compare import timing as compare_timing
 from experiments.compare.cells import PLAIN, Cell
-from experiments.compare.config import Arguments, Comparison
-from experiments.compare.decide import CASCADE, Choice, Model
-from experiments.compare.differences import correct_at_last
+from experiments.compare.config import Arguments, Block, Comparison, store_grid
+from experiments.compare.decide import DECISIONS, Choice
 from experiments.compare.results import assemble
+from experiments.data.splits import StreamedSplit
+from experiments.pool import run as pool
+from experiments.pool.config import PoolConfig
+from experiments.pool.jobs import Costs, Failure, Job
 from experiments.report.environment import describe
-from experiments.train import pool as compare_pool
+from experiments.store import Store, names, publish
 from experiments.train import trained
-from experiments.train.pool import Job
 
 
 class NothingToCompare(Exception):
@@ -39,32 +39,61 @@ class Prepared(NamedTuple):
     """What a comparison begins with.
 
     Attributes:
-      config: checked.
-      workers: trainings, and choices, at a time.
-      workdir: its directory, with `config.json`.
-      environment: data set, device, versions, command and date, for the report.
+      blocks: of its grid, checked; one if it is none.
+      environments: of each block: data set, device, versions, command and date, for the report.
+      pool: where networks and decisions are computed.
+      budget: seconds of training, or None.
+      store: its directory, with `config.json`, and its bucket.
       console: for messages.
     """
 
-    config: Comparison
-    workers: int
-    workdir: Path
-    environment: dict[str, Any]
+    blocks: Sequence[Block]
+    environments: Sequence[dict[str, Any]]
+    pool: PoolConfig
+    budget: float | None
+    store: Store
     console: Console
 
 
-def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
+def prepare(arguments: Arguments, blocks: Sequence[Block], argv: Sequence[str]) -> Prepared:
     """Reads the images and opens the directory.
 
     Raises:
       ValueError, OSError: the data cannot be had or do not fit the configuration, a network cannot
-        be made for them, or the directory cannot be written; one line.
+        be made for them, or directory or bucket cannot be had; one line.
     """
     console = Console(soft_wrap=True)
-    config, workdir = arguments.run, arguments.workdir
-    assert workdir is not None
-    with console.status("reading images"):
-        dataset = compare_cells.dataset(config)
+    assert arguments.workdir is not None
+    store = Store(arguments.workdir, arguments.bucket)
+    environments = []
+    for block in blocks:
+        with console.status(f"reading images {block.name}"):
+            environments.append(_prepare(block, store.workdir / block.name, argv))
+    store_grid(store.workdir, arguments.grid)
+    try:
+        names(store, DECISIONS)
+    except Exception as error:  # each kind of bucket raises its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"--bucket {arguments.bucket} cannot be read: {reason[0]}") from error
+    for notice in dict.fromkeys(e["notice"] for e in environments):
+        if notice:
+            console.print(Panel(notice, title="NOTICE", style="bold yellow"))
+    for words in dict.fromkeys(f"{e['dataset']}: {e['data_source']}" for e in environments):
+        console.print(words)
+    console.print(f"everything goes to {arguments.bucket or store.workdir}")
+    hours = arguments.budget_hours
+    budget = None if hours is None else 3600 * hours
+    return Prepared(blocks, environments, arguments.pool, budget, store, console)
+
+
+def _prepare(block: Block, place: Path, argv: Sequence[str]) -> dict[str, Any]:
+    config = block.config
+    dataset = compare_cells.dataset(config)
+    if isinstance(dataset.train, StreamedSplit):
+        raise ValueError(
+            "data.feed: these images would be streamed, and the networks of a comparison share "
+            "images on the device; give --data.feed resident, or smaller images."
+        )
     for name, batch, images in (
         ("train.batch", config.train.batch, dataset.train.images),
         ("timing.batch", config.timing.batch, dataset.test.images),
@@ -79,93 +108,192 @@ def prepare(arguments: Arguments, argv: Sequence[str]) -> Prepared:
         "notice": dataset.notice,
         "classes": list(dataset.classes),
         "samples": {
-            name: len(getattr(dataset, name).labels)
+            name: len(getattr(dataset, name).images)
             for name in ("train", "calibrate", "choose", "certify", "test")
         },
         **describe("experiments.compare", argv),
     }
-    if arguments.resume:
+    if block.resumed:
         # By its stored name the data set is no fall-back any more; the comparison still is.
-        environment["notice"] = read_run(workdir).get("notice", "")
-    write_run(workdir, config, dataset.name, environment)
-    if environment["notice"]:
-        console.print(Panel(environment["notice"], title="NOTICE", style="bold yellow"))
-    console.print(f"{dataset.name}: {dataset.source}\neverything goes to {workdir}")
-    workers = arguments.jobs or compare_pool.default_workers()
-    return Prepared(config, workers, workdir, environment, console)
+        environment["notice"] = read_run(place).get("notice", "")
+    write_run(place, config, dataset.name, environment)
+    return environment
 
 
-def run(prepared: Prepared) -> dict[str, Any]:
-    """Trains, decides, measures, and returns the results that it wrote.
+class _Part(NamedTuple):
+    """A block with the networks that could be prepared.
+
+    Attributes:
+      name: of the block.
+      config: with the seeds that have a network.
+      environment: for the report.
+      cells: prepared.
+      left_out: names of networks that --budget-hours left out.
+    """
+
+    name: str
+    config: Comparison
+    environment: dict[str, Any]
+    cells: list[Cell]
+    left_out: list[str]
+
+
+def run(prepared: Prepared) -> list[dict[str, Any]]:
+    """Trains, decides, measures, and returns the results of each block, as it wrote them.
 
     Raises:
       NothingToCompare: not one network with early exits could be trained.
       KeyboardInterrupt: a signal came; what is done is kept.
     """
-    config, workers, workdir, environment, console = prepared
+    store, console = prepared.store, prepared.console
     seconds: dict[str, float] = {}
 
     # Every network, with every seed, and what it says of every split.
-    wanted = compare_cells.cells(config)
-    jobs = [
-        Job(
-            _name(cell),
-            compare_cells.prepare,
-            (cell, config.drift, workdir),
-            functools.partial(compare_cells.progress, cell, workdir),
-        )
-        for cell in wanted
-        if compare_cells.missing(cell, config.drift, workdir)
-    ]
+    plan = planning.plan(prepared.blocks, store)
+    jobs = planning.jobs(plan, store, by_seed=prepared.budget is not None)
+    if jobs:
+        console.print(planning.table(plan, jobs, "networks that are there, and that are missing"))
     with _timer(seconds, "training"):
-        failures = compare_pool.run("networks", jobs, workers, console)[1]
-    failed = {failure.name for failure in failures}
-    cells = [cell for cell in wanted if _name(cell) not in failed]
-    if not any(cell.kind == "regime" for cell in cells):
-        raise NothingToCompare(f"every network failed, the first with: {failures[0].error}")
+        made, failures = _map("networks", jobs, prepared, plan.costs, prepared.budget)
+    left_out = [job for job in jobs if job.name not in {*made, *(f.name for f in failures)}]
+    if left_out:
+        title = "left out by --budget-hours; the same command goes on with them"
+        rest = plan._replace(tasks=[t for t in plan.tasks if t.name in {j.name for j in left_out}])
+        console.print(planning.table(rest, left_out, title))
+    parts, reasons = _parts(prepared, plan, failures, [job.name for job in left_out])
+    for reason in reasons:
+        console.print(f"LEFT OUT {reason}", style="yellow")
+    if not parts:
+        raise NothingToCompare(reasons[0])
+    for part in parts:
+        for cell in part.cells:
+            compare_cells.bring(cell, part.config.drift, store)
 
     # Every policy on every network with early exits, and on the cascade.
     with _timer(seconds, "measuring"):
-        models = _models(cells, config, workdir)
-    pairs = [(m, p) for m in models for p in _policies(m, config)]
+        pairs = [
+            (part, model, policy)
+            for part in parts
+            for model in schemes.models(part.cells, part.config, store.workdir)
+            for policy in schemes.able(model, part.config)
+        ]
+    there = names(store, DECISIONS)
     jobs = [
-        Job(f"{m.name}, seed {m.seed}, {p}", compare_decide.decide, (m, p, config, workdir))
-        for m, p in pairs
-        if not compare_decide.path(m, p, config, workdir).exists()
+        Job(
+            _prefixed(part.name, f"{model.name}, seed {model.seed}, {policy}"),
+            compare_decide.decide,
+            (model, policy, part.config, store),
+            kind=policy,
+        )
+        for part, model, policy in pairs
+        if compare_decide.name(model, policy, part.config) not in there
     ]
     with _timer(seconds, "choosing"):
-        failures += compare_pool.run("decisions", jobs, workers, console)[1]
-    choices = [
-        Choice(m, p, compare_decide.read(m, p, config, workdir))
-        for m, p in pairs
-        if compare_decide.path(m, p, config, workdir).exists()
-    ]
-    if not choices:
+        failures += _map("decisions", jobs, prepared)[1]
+    there = names(store, DECISIONS)
+    choices: dict[str, list[Choice]] = {part.name: [] for part in parts}
+    for part, model, policy in pairs:
+        if compare_decide.name(model, policy, part.config) in there:
+            decided = compare_decide.read(model, policy, part.config, store)
+            choices[part.name].append(Choice(model, policy, decided))
+    if not any(choices.values()):
         raise NothingToCompare(f"every decision failed, the first with: {failures[0].error}")
 
-    # Wall-clock time, with nothing else running.
-    with _timer(seconds, "timing"), console.status("timing compiled inference"):
-        timing, placement = _measure(choices, cells, config, workdir)
+    # Wall-clock time, with nothing else running; then the report of each block.
+    reported = [
+        _report(part, choices[part.name], failures, seconds, prepared)
+        for part in parts
+        if choices[part.name]
+    ]
+    if any(block.name for block in prepared.blocks):
+        over_all = compare_grid.write(store.workdir, reported, reasons)
+        console.print(compare_grid.console(reported, over_all))
+        console.print(f"\nreport: {store.workdir / 'report.html'}")
+        _publish(store, "report.html", "results.json")
+    return [dict(part.results) for part in reported]
 
-    with _timer(seconds, "statistics"), console.status("statistics and pictures"):
-        figures, table = assemble(config, cells, choices, timing, placement, workdir)
+
+def _map(
+    title: str,
+    jobs: Sequence[Job],
+    prepared: Prepared,
+    costs: Costs | None = None,
+    budget: float | None = None,
+) -> tuple[dict[str, Any], list[Failure]]:
+    folder = prepared.store.workdir / "pool"
+    return pool.map(title, jobs, prepared.pool, folder, prepared.console, costs, budget)
+
+
+def _parts(
+    prepared: Prepared, plan: planning.Plan, failures: Sequence[Failure], left_out: Sequence[str]
+) -> tuple[list[_Part], list[str]]:
+    """What can be compared, and for each block that cannot be the reason."""
+    failed = {failure.name: failure for failure in failures}
+    parts, reasons = [], []
+    for block, environment in zip(prepared.blocks, prepared.environments, strict=True):
+        tasks = [task for task in plan.tasks if task.block == block.name]
+        own = [failed[task.name].error for task in tasks if task.name in failed]
+        left = [task.name for task in tasks if task.name in left_out]
+        cells = [task.cell for task in tasks if task.name not in {*failed, *left}]
+        reason = ""
+        if not any(cell.kind == "regime" for cell in cells):
+            reason = f"every network failed, the first with: {own[0]}" if own else ""
+            reason = reason or "--budget-hours is over before a network with early exits is there"
+        elif not any(cell.name == PLAIN for cell in cells):
+            reason = "the plain network is not there, and costs are fractions of its cost"
+        if reason:
+            reasons.append(_prefixed(block.name, reason))
+            continue
+        begun = {task.cell.seed for task in tasks if task.name not in left}
+        seeds = tuple(seed for seed in block.config.seeds if seed in begun)
+        config = dataclasses.replace(block.config, seeds=seeds)
+        parts.append(_Part(block.name, config, environment, cells, left))
+    return parts, reasons
+
+
+def _report(
+    part: _Part,
+    choices: Sequence[Choice],
+    failures: Sequence[Failure],
+    seconds: dict[str, float],
+    prepared: Prepared,
+) -> compare_grid.Part:
+    """Measures what a block decided, and writes its report."""
+    config, cells, console, store = part.config, part.cells, prepared.console, prepared.store
+    own = dict(seconds)
+    with _timer(own, "timing"), console.status(f"timing compiled inference {part.name}"):
+        timing, placement = schemes.measure(choices, cells, config, store.workdir)
+    several = len(prepared.blocks) > 1
+    failures = [f for f in failures if not several or f.name.startswith(f"{part.name}: ")]
+    with _timer(own, "statistics"), console.status(f"statistics and pictures {part.name}"):
+        figures, table = assemble(config, cells, choices, timing, placement, store.workdir)
         results = {
-            **environment,
+            **part.environment,
             "seeds": list(config.seeds),
-            "seconds": {**seconds, "total": sum(seconds.values())},
+            "seconds": {**own, "total": sum(own.values())},
             "failed": [{"cell": f.name, "error": f.error} for f in failures],
+            "left_out": part.left_out,
             **figures,
         }
-        compare_report.write(workdir, results, table)
+        place = store.workdir / part.name
+        compare_report.write(place, results, table)
     console.print(compare_report.console(results, table))
     for failure in failures:
         console.print(f"FAILED {failure.name}: {failure.error}", style="red")
-    console.print(f"\nreport: {workdir / 'report.html'}")
-    return results
+    console.print(f"\nreport: {place / 'report.html'}")
+    files = ("report.html", "results.json", "results.csv", "table.tex", "config.json")
+    _publish(store, *(f"{part.name}/{file}".lstrip("/") for file in files))
+    return compare_grid.Part(part.name, results, table)
 
 
-def _name(cell: Cell) -> str:
-    return f"{cell.name}, seed {cell.seed}"
+def _publish(store: Store, *files: str) -> None:
+    for file in files:
+        if (store.workdir / file).is_file():
+            publish(store, file)
+
+
+def _prefixed(block: str, words: str) -> str:
+    return f"{block}: {words}" if block else words
 
 
 @contextlib.contextmanager
@@ -173,95 +301,3 @@ def _timer(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     seconds[name] = time.monotonic() - began
-
-
-def _models(cells: Sequence[Cell], config: Comparison, workdir: Path) -> list[Model]:
-    """What policies decide on, with costs in one unit for all: the plain network's.
-
-    Equal networks take equal time, so one is measured for all regimes and seeds.
-    """
-    plain = next((c for c in cells if c.name == PLAIN), None)
-    if plain is None:
-        raise NothingToCompare("the plain network failed, and costs are fractions of its cost")
-    whole = compare_cells.macs(plain)[-1]
-
-    def cost(cell: Cell) -> tuple[float, ...]:
-        return tuple((compare_cells.macs(cell) / whole).tolist())
-
-    def ms(cell: Cell) -> tuple[float, ...]:
-        if not config.targets.budgets_ms:
-            return ()
-        timing = config.timing
-        alike = next(c for c in cells if (c.network, c.ends_at) == (cell.network, cell.ends_at))
-        units = compare_timing.unit_ms(alike, workdir, timing.batch, timing.repeats)
-        return tuple(units.cumulative)
-
-    early = [cell for cell in cells if cell.kind == "regime"]
-    models = [Model(c.name, c.seed, (c,), cost(c), ms(c)) for c in early]
-    for seed in config.seeds if config.static.enabled else ():
-        members = [c for c in cells if c.kind == "static" and c.seed == seed]
-        members.sort(key=lambda c: compare_cells.macs(c)[-1])
-        if len(members) > 1:
-            costs = tuple(cost(member)[-1] for member in members)
-            times = tuple(t for member in members for t in ms(member)[-1:])
-            models.append(Model(CASCADE, seed, tuple(members), costs, times))
-    return models
-
-
-def _policies(model: Model, config: Comparison) -> list[str]:
-    """A cascade stops by confidence; a gate has to be trained."""
-    if model.name == CASCADE:
-        return [config.policies[0]]
-    gate = REGIMES[model.cells[0].train.regime].trains_gate
-    return [p for p in config.policies if gate or not POLICIES[p].needs_gate]
-
-
-def _measure(
-    choices: Sequence[Choice], cells: Sequence[Cell], config: Comparison, workdir: Path
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of times, the plain network's first, and of exits to keep; networks of one seed."""
-    seed, timing = config.seeds[0], config.timing
-    static = [c for c in cells if c.kind == "static" and c.seed == seed]
-    static.sort(key=lambda c: c.name != PLAIN)
-    first = next((c for c in cells if c.kind == "regime" and c.seed == seed), None)
-    if first is None or not static or static[0].name != PLAIN:
-        return [], []
-    units = compare_timing.unit_ms(first, workdir, timing.batch, timing.repeats)
-    schemes = []
-    for cell in static:
-        accuracy = float(correct_at_last(compare_cells.traces(cell, workdir).test).mean())
-        row = {"regime": "static", "policy": cell.name, "accuracy": accuracy}
-        schemes.append(compare_timing.Scheme(row, (cell,)))
-    schemes += [
-        scheme
-        for choice in choices
-        if choice.model.seed == seed and choice.policy in timing.policies
-        for scheme in _timed_schemes(choice)
-    ]
-    placement = []
-    gate = REGIMES[first.train.regime].trains_gate
-    able = [p for p in timing.policies if gate or not POLICIES[p].needs_gate]
-    for share, policy in itertools.product(timing.keep_exits, able[:1]):
-        budget = share * float(units.cumulative[-1])
-        more, row = compare_timing.placed(first, policy, units, budget, workdir)
-        placement.append(row)
-        schemes += more
-    rows = compare_timing.timed(schemes, units, workdir, timing.batch, timing.repeats)
-    return rows, placement
-
-
-def _timed_schemes(choice: Choice) -> Iterator[compare_timing.Scheme]:
-    """What is timed of a policy: its thresholds for each budget."""
-    model = choice.model
-    for row in choice.decided.rows:
-        budget = row["target_kind"] in ("budget", "ms") and row["search"] == "optimal"
-        if not budget or "error" in row:
-            continue
-        cascade = model.name == CASCADE
-        cells = tuple(model.cells[e] for e in row["exits"]) if cascade else model.cells
-        if cascade and len(cells) == 1:
-            continue  # a plain network by itself, which is timed already
-        words = {"regime": model.name, "policy": choice.policy, "target": row["json_target"]}
-        words |= {"accuracy": row["accuracy"], "cost": row["cost"]}
-        policy = compare_decide.fitted(choice.decided, row["exits"])
-        yield compare_timing.Scheme(words, cells, None, policy, tuple(row["thresholds"]))

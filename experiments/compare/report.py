@@ -62,7 +62,7 @@ def write(workdir: Path, results: Results, table: pd.DataFrame) -> None:
         headline=headline(results, means),
         figures=figures,
         summary=summary(results, means),
-        target=_target(searched),
+        target=leading_target(searched),
         reference=_name(results["reference"]),
         targets={
             str(name): _target_table(results, rows)
@@ -101,12 +101,12 @@ def headline(results: Results, means: pd.DataFrame) -> str:
     """The result of the reference, which is not picked by its accuracy on the test images, and how
     many others differ from it; a loss reads like a gain."""
     reference = results["reference"]
-    rows = _usual(means, _target(means))
+    rows = leading_rows(means)
     same = (rows["regime"] == reference["regime"]) & (rows["policy"] == reference["policy"])
     row = rows[same].dropna(subset="accuracy")
     plain = means[(means["target_kind"] == "network") & (means["policy"] == "plain network")]
     if row.empty or plain.empty:
-        return f"{_name(reference)} has no result at {_target(means)}."
+        return f"{_name(reference)} has no result at {leading_target(means)}."
     words = (
         f"At {100 * row['cost'].iloc[0]:.0f} % of the plain network's multiply-accumulates, "
         f"{_name(reference)} classifies {_spread(row)} % of the test images correctly; the plain "
@@ -125,7 +125,7 @@ def headline(results: Results, means: pd.DataFrame) -> str:
 
 def summary(results: Results, means: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and cost at the leading target: a row a policy, two columns a regime."""
-    rows = _usual(means, _target(means)).dropna(subset="accuracy")
+    rows = leading_rows(means).dropna(subset="accuracy")
     cells = shown(rows, ["accuracy", "cost"])
     gaps = [_gap(results, row) for _, row in rows.iterrows()]
     cells["accuracy %"] = [
@@ -147,6 +147,20 @@ def summary(results: Results, means: pd.DataFrame) -> pd.DataFrame:
         for name in ("accuracy %", "cost")
     }
     return pd.DataFrame(columns).rename_axis("policy").reset_index()
+
+
+def leading_target(means: pd.DataFrame) -> str:
+    """The leading target: the first budget that some scheme reached, else the first target."""
+    able = means[means["target_kind"].isin(results_table.SEARCHED)].dropna(subset="accuracy")
+    budgets = able[able["target_kind"] == "budget"]
+    return str(next(iter([*budgets["target"], *able["target"]]), "any target"))
+
+
+def leading_rows(means: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `over_seeds` at the leading target, without the geometric search."""
+    kinds = means["target_kind"].isin(results_table.SEARCHED)
+    same = means["target"] == leading_target(means)
+    return means[kinds & same & (means["search"] != "geometric")]
 
 
 def tested(results: Results) -> str:
@@ -307,19 +321,6 @@ def _class_figure(results: Results) -> dict[str, Figure]:
 # --- tables
 
 
-def _target(means: pd.DataFrame) -> str:
-    """The leading target: the first budget that some scheme reached, else the first target."""
-    able = means[means["target_kind"].isin(results_table.SEARCHED)].dropna(subset="accuracy")
-    budgets = able[able["target_kind"] == "budget"]
-    return str(next(iter([*budgets["target"], *able["target"]]), "any target"))
-
-
-def _usual(means: pd.DataFrame, target: str) -> pd.DataFrame:
-    """The rows at a target, without the geometric search."""
-    kinds = means["target_kind"].isin(results_table.SEARCHED)
-    return means[kinds & (means["target"] == target) & (means["search"] != "geometric")]
-
-
 def _gaps(results: Results, target: str) -> list[Mapping[str, Any]]:
     return [d for d in results["differences"] if target_words(d["target"]) == target]
 
@@ -402,7 +403,9 @@ def _drift_groups(results: Results) -> dict[str, list[Mapping[str, Any]]]:
 
 def _notices(results: Results) -> list[str]:
     failed = [f"{f['cell']} failed: {f['error']}" for f in results["failed"]]
-    return [*filter(None, [results.get("notice")]), *failed]
+    left = results.get("left_out") or []
+    words = f"{len(left)} networks were left out by --budget-hours: {', '.join(left)}."
+    return [*filter(None, [results.get("notice"), words if left else ""]), *failed]
 
 
 def _name(scheme: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Many independent jobs: on this machine, on SLURM, on Ray."""
