@@ -13,7 +13,8 @@ import pytest
 import toys
 
 from eejax import ExitOutput, compact, full, gate, loop, stack
-from eejax.inference.compaction import Stacked, default_tiles, runs
+from eejax.inference.compaction import Stacked, runs
+from eejax.inference.tiles import default_tiles
 from eejax.models.resnet import resnet
 from eejax.network import EarlyExitNetwork, Module
 

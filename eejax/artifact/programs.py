@@ -13,9 +13,10 @@ import safetensors.numpy
 
 from eejax import stablehlo
 from eejax.bundle import Bundle, variable_names
-from eejax.inference.compaction import choose_tiles, compact
+from eejax.inference.compaction import compact
 from eejax.inference.executors import cond
 from eejax.inference.step import Prediction, Samples, bind_exits, exit_step, first_samples
+from eejax.inference.tiles import choose_tiles
 
 WEIGHTS = "weights.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -81,7 +82,9 @@ def fused(bundle: Bundle, batch: int, platform: str | None) -> Callable[..., tup
 
     def run(variables: Any, thresholds: Any, images: Any, count: Any) -> tuple[Any, ...]:
         args = (bundle.network, bundle.policy, variables, thresholds, images, count)
-        prediction: Prediction = cond(*args) if batch == 1 else compact(*args, tiles=tiles)
+        if batch == 1:
+            return tuple(cond(*args))
+        prediction: Prediction = compact(*args, tiles=tiles, platform=platform or "cpu")
         return tuple(prediction)
 
     return run

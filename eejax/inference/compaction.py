@@ -13,7 +13,6 @@ the host, and `streaming` keeps the buffers from one batch to the next.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from eejax.inference import lanes
 from eejax.inference.step import (
     Exit,
     Prediction,
@@ -32,6 +32,7 @@ from eejax.inference.step import (
     output_shapes,
     pad_batch,
 )
+from eejax.inference.tiles import check_tiles, choose_tiles
 from eejax.network import EarlyExitNetwork, PyTree, Variables
 from eejax.policies.base import Policy
 
@@ -40,8 +41,9 @@ class Buffer(NamedTuple):
     """Rows packed at the front of a pytree of arrays.
 
     Attributes:
-      rows: leaves `[R, ...]`, of which the first `count` rows are valid. `Samples` in a stage's
-        buffer, `Outputs` in the buffer of results, None where nothing is kept.
+      rows: leaves `[R, ...]`, of which the first `count` rows are valid; on a TPU some are
+        `lanes.Packed`. `Samples` in a stage's buffer, `Outputs` in the buffer of results, None
+        where nothing is kept.
       count: int32.
     """
 
@@ -119,7 +121,7 @@ def run_tile(exit: Exit, active: Buffer, start: Array, targets: Targets, size: i
         # stage out of the loop, where it always runs. So the tile itself, not the start alone, must
         # depend on the loop.
         tile, start = lax.optimization_barrier((tile, start))
-    samples, logits, leaves = exit_step(exit, tile)
+    samples, logits, leaves = exit_step(exit, lanes.unpacked(tile))
     valid = jnp.arange(size) < active.count - start
     results = Outputs(logits, jnp.full(size, exit.index, jnp.int32), tile.indices)
     outputs = _append(targets.outputs, results, valid & leaves)
@@ -135,81 +137,32 @@ def _append(buffer: Buffer, rows: PyTree, keep: Array) -> Buffer:
     """
     order = jnp.argsort(~keep, stable=True)
 
-    def write(x: Array, tile: Array) -> Array:
+    def write(x: Any, tile: Any) -> Any:
+        if lanes.is_packed(x):
+            return jax.tree.map(write, x, lanes.pack(tile))
         packed = tile.at[order].get(mode="promise_in_bounds")
         return lax.dynamic_update_slice_in_dim(x, packed, buffer.count, 0)
 
-    return Buffer(jax.tree.map(write, buffer.rows, rows), buffer.count + keep.sum(dtype=jnp.int32))
+    written = jax.tree.map(write, buffer.rows, rows, is_leaf=lanes.is_packed)
+    return Buffer(written, buffer.count + keep.sum(dtype=jnp.int32))
 
 
-def empty_buffer(rows: PyTree, size: int) -> Buffer:
-    """A buffer for `size` rows with the shapes and dtypes of `rows`."""
-    zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), rows)
-    return Buffer(zeros, jnp.int32(0))
+def empty_buffer(rows: PyTree, size: int, platform: str | None = None) -> Buffer:
+    """A buffer for `size` rows with the shapes and dtypes of `rows`, packed on a TPU."""
+    if lanes.on_tpu(platform):
+        rows = jax.eval_shape(lanes.packed, rows)
+    return Buffer(lanes.empty(rows, size), jnp.int32(0))
 
 
-def empty_survivors(exit: Exit, samples: Samples, size: int) -> Buffer:
+def empty_survivors(exit: Exit, samples: Samples, size: int, platform: str | None = None) -> Buffer:
     """A buffer for the survivors of an exit, with shapes like `samples`; no rows for the last."""
-    return Buffer(None, jnp.int32(0)) if exit.is_last else empty_buffer(samples, size)
+    return Buffer(None, jnp.int32(0)) if exit.is_last else empty_buffer(samples, size, platform)
 
 
 def empty_outputs(logits: Any, size: int) -> Buffer:
     """A buffer for `size` results with logits like these, `[B, C]`."""
     number: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
     return empty_buffer(Outputs(logits, number, number), size)
-
-
-# What a tile's features may take on a CPU; twice that no longer stays in the cache.
-TILE_BYTES = 2 << 20
-
-
-def check_tiles(tiles: Sequence[int] | None) -> None:
-    """Raises ValueError unless sizes decrease and each divides the one before it; None passes."""
-    if tiles is None:
-        return
-    if not tiles or tiles[-1] < 1 or any(a <= b or a % b for a, b in itertools.pairwise(tiles)):
-        raise ValueError(
-            f"tiles {tuple(tiles)}; give falling sizes, each a divisor of the one before."
-        )
-
-
-def choose_tiles(
-    tiles: tuple[int, ...] | None, exit: Exit, images: Any, platform: str | None = None
-) -> tuple[int, ...]:
-    """The given tiles, or by default those of `default_tiles`.
-
-    Args:
-      tiles: or None.
-      exit: the first.
-      images: `[B, ...]`, or their shape and dtype.
-      platform: that the program will run on; default this one.
-    """
-    if tiles is not None:
-        return tiles
-    features = jax.eval_shape(
-        lambda images: exit.stage.apply(exit.variables[0], images, train=False)[0], images
-    )
-    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(features))
-    return default_tiles(images.shape[0], num_bytes // images.shape[0], platform)
-
-
-def default_tiles(batch: int, sample_bytes: int, platform: str | None = None) -> tuple[int, ...]:
-    """Tiles for a batch, each a quarter of the one before, in powers of two.
-
-    On a CPU at most 64, and fewer where features are large, so that a tile stays in the cache; the
-    smallest is 4 or more, which leaves little padding. Elsewhere a quarter of the batch and a
-    sixteenth, since an accelerator needs large tiles. docs/lab/tried.md has the measurements.
-
-    Args:
-      batch: B.
-      sample_bytes: of one sample's features after the first stage.
-      platform: that the program will run on; default this one.
-    """
-    cpu = (platform or jax.default_backend()) == "cpu"
-    largest = min(batch, 64, max(TILE_BYTES // sample_bytes, 16)) if cpu else batch // 4
-    largest = 1 << max(largest.bit_length() - 1, 0)
-    sizes = (largest, largest // 4, largest // 16) if cpu else (largest, largest // 4)
-    return tuple(size for i, size in enumerate(sizes) if size >= (4 if i == 2 else 1))
 
 
 class Stacked(NamedTuple):
@@ -231,6 +184,7 @@ def compact(
     images: Array,
     count: Any = None,
     tiles: tuple[int, ...] | None = None,
+    platform: str | None = None,
 ) -> Prediction:
     """Lets every sample leave at its own exit, in one program: tiles under `lax.while_loop`.
 
@@ -240,12 +194,14 @@ def compact(
 
     Args:
       tiles: samples a tile, decreasing, each a divisor of the one before; default from B.
+      platform: that the program will run on, as for `tiles.default_tiles`; decides default tiles
+        and the form of the buffers. Needed where a program is lowered for another one.
 
     Raises:
       ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
     exits = bind_exits(network, policy, variables, thresholds)
-    return _run([(exit, 1) for exit in exits], images, count, tiles)
+    return _run([(exit, 1) for exit in exits], images, count, tiles, platform)
 
 
 def loop(
@@ -256,6 +212,7 @@ def loop(
     images: Array,
     count: Any = None,
     tiles: tuple[int, ...] | None = None,
+    platform: str | None = None,
 ) -> Prediction:
     """`compact`, with each run of equal stages as one `lax.while_loop` over its depth.
 
@@ -278,7 +235,7 @@ def loop(
         (Exit(network.stages[a], network.heads[a], policy, group, thresholds, a), b - a)
         for (a, b), group in zip(runs(network), stacked.runs, strict=True)
     ]
-    return _run(exits, images, count, tiles)
+    return _run(exits, images, count, tiles, platform)
 
 
 def runs(network: EarlyExitNetwork) -> list[tuple[int, int]]:
@@ -317,18 +274,22 @@ def stack(network: EarlyExitNetwork, variables: Variables) -> Stacked:
 
 
 def _run(
-    exits: Sequence[tuple[Exit, int]], images: Array, count: Any, tiles: tuple[int, ...] | None
+    exits: Sequence[tuple[Exit, int]],
+    images: Array,
+    count: Any,
+    tiles: tuple[int, ...] | None,
+    platform: str | None,
 ) -> Prediction:
     """Runs all stages of a network over a batch.
 
     Args:
       exits: the first exit of each run of equal stages, with its variables stacked if there are
         several, and the number of stages.
-      images, count, tiles: as for `compact`.
+      images, count, tiles, platform: as for `compact`.
     """
     check_tiles(tiles)
     batch, (first, _) = images.shape[0], exits[0]
-    tiles = choose_tiles(tiles, first, images)
+    tiles = choose_tiles(tiles, first, images, platform)
     padded = -(-batch // tiles[-1]) * tiles[-1]
     tiles = tuple(size for size in tiles if size <= padded)
     indices = jnp.arange(padded, dtype=jnp.int32)
@@ -339,12 +300,13 @@ def _run(
         if length > 1:
             active, outputs = _run_depth(exit, length, active, outputs, tiles)
             continue
-        after, _ = output_shapes(exit, active.rows)
-        if same_shapes(after, active.rows) and not exit.is_last:
+        before = jax.eval_shape(lanes.unpacked, active.rows)
+        after, _ = output_shapes(exit, before)
+        if same_shapes(after, before) and not exit.is_last:
             # In place: fresh memory costs more than a small stage.
             survivors = Buffer(active.rows, jnp.int32(0))
         else:
-            survivors = empty_survivors(exit, after, padded)
+            survivors = empty_survivors(exit, after, padded, platform)
         _, (active, outputs) = run_stage(exit, active, Targets(survivors, outputs), tiles)
     results = outputs.rows
     # Rows without a result are sent beyond the end, where a scatter drops them.
@@ -368,8 +330,9 @@ def _run_depth(
         return exit._replace(index=e, variables=variables)
 
     e = jnp.int32(start)
-    after = jax.eval_shape(lambda e, rows: exit_step(at(e), rows)[0], e, active.rows)
-    if not same_shapes(after, active.rows):
+    before = jax.eval_shape(lanes.unpacked, active.rows)
+    after = jax.eval_shape(lambda e, rows: exit_step(at(e), rows)[0], e, before)
+    if not same_shapes(after, before):
         raise ValueError(
             f"stages {start + 1} to {start + length} are one module, but features, memory or state "
             "change shape in it; run such a network with `compact`."

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from eejax.compiling import bound
-from eejax.inference import compaction
+from eejax.inference import compaction, lanes
 from eejax.inference.compaction import Buffer, Targets
 from eejax.inference.step import (
     Exit,
@@ -30,6 +30,7 @@ from eejax.inference.step import (
     output_shapes,
     pad_batch,
 )
+from eejax.inference.tiles import check_tiles, choose_tiles
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies.base import Policy, check_thresholds
 
@@ -65,7 +66,7 @@ def host(
     Raises:
       ValueError: if `tiles` is not decreasing, or a size does not divide the one before it.
     """
-    compaction.check_tiles(tiles)
+    check_tiles(tiles)
     devices = [jax.devices()[0]] if devices is None else list(devices)
     exits = bind_exits(network, policy, variables, jnp.zeros(network.num_exits - 1))
     programs = {
@@ -76,7 +77,7 @@ def host(
     @functools.cache
     def tiles_for(shape: tuple[int, ...], dtype: Any) -> tuple[int, ...]:
         images = jax.ShapeDtypeStruct((max_batch, *shape), dtype)
-        return compaction.choose_tiles(tiles, exits[0], images)
+        return choose_tiles(tiles, exits[0], images, _platform(devices[0]))
 
     integer = functools.cache(lambda value, device: jax.device_put(np.int32(value), device))
 
@@ -133,10 +134,20 @@ def host(
     return predict
 
 
-def _programs(
-    exit: Exit, device: Any, size: int
+def tile_functions(
+    exit: Exit, size: int, platform: str | None = None
 ) -> tuple[Callable[..., Targets], Callable[..., Targets]]:
-    """`step`, which runs one tile of `size`, and `begin`, which makes the buffers it writes."""
+    """The two functions that `host` compiles for an exit and a tile size.
+
+    Args:
+      exit: the exit.
+      size: samples a tile.
+      platform: as for `tiles.default_tiles`.
+
+    Returns:
+      `step(variables, targets, active, start, thresholds)`, which runs one tile, and
+      `begin(variables, samples)`, which makes the targets for the rows of a buffer.
+    """
 
     def step(
         variables: Any, targets: Targets, active: Buffer, start: Array, thresholds: Array
@@ -145,13 +156,26 @@ def _programs(
         return compaction.run_tile(here, active, start, targets, size)
 
     def begin(variables: Any, samples: Samples) -> Targets:
-        after, logits = output_shapes(exit._replace(variables=variables), samples)
+        here, before = exit._replace(variables=variables), lanes.unpacked(samples)
+        after, logits = output_shapes(here, before)
         rows = len(samples.indices)
-        survivors = compaction.empty_survivors(exit, after, rows)
+        survivors = compaction.empty_survivors(exit, after, rows, platform)
         return Targets(survivors, compaction.empty_outputs(logits, rows + size))
 
+    return step, begin
+
+
+def _programs(
+    exit: Exit, device: Any, size: int
+) -> tuple[Callable[..., Targets], Callable[..., Targets]]:
+    """The functions of `tile_functions` compiled for a device, with their variables."""
+    step, begin = tile_functions(exit, size, _platform(device))
     variables = jax.device_put(exit.variables, device)
     return bound(step, variables, donate_argnums=(1,)), bound(begin, variables)
+
+
+def _platform(device: Any) -> str:
+    return device.device_kind if device.platform == "tpu" else device.platform
 
 
 def _sizes(count: int, tiles: Sequence[int]) -> list[int]:

@@ -32,6 +32,7 @@ from eejax.inference.step import (
     output_shapes,
     pad_batch,
 )
+from eejax.inference.tiles import check_tiles, choose_tiles
 from eejax.network import EarlyExitNetwork, Variables
 from eejax.policies.base import Policy, check_thresholds
 
@@ -72,17 +73,19 @@ def stream(
     """
     devices = 1 if mesh is None else mesh.shape[axis]
     share, rest = divmod(chunk, devices)
-    compaction.check_tiles(tiles)
+    check_tiles(tiles)
     if rest or share < 1 or (share % tiles[0] if tiles else share & (share - 1)):
         sizes = f"a multiple of {tiles[0] * devices}" if tiles else "a power of two on each"
         raise ValueError(f"chunk is {chunk}, for {devices} device(s); give {sizes}.")
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform = device.device_kind if device.platform == "tpu" else device.platform
     window = 16 * chunk if window is None else window
     if window < 3 * chunk:
         raise ValueError(f"window is {window}; give at least {3 * chunk}, three chunks.")
 
     def begin(variables: Variables, images: Array, indices: Array) -> list[Buffer]:
         exits = bind_exits(network, policy, variables, jnp.zeros(network.num_exits - 1))
-        return _empty_queues(exits, tiles, first_samples(policy, images, indices))
+        return _empty_queues(exits, tiles, first_samples(policy, images, indices), platform)
 
     def feed(
         variables: Variables,
@@ -95,7 +98,7 @@ def stream(
     ) -> tuple[list[Buffer], Buffer]:
         exits = bind_exits(network, policy, variables, thresholds)
         active = Buffer(first_samples(policy, images, indices), counts)
-        return _feed(exits, tiles, queues, active, flush)
+        return _feed(exits, tiles, queues, active, flush, platform)
 
     if mesh is not None:
         split, whole = PartitionSpec(axis), PartitionSpec()
@@ -157,6 +160,7 @@ def _feed(
     queues: Sequence[Buffer],
     chunk: Buffer,
     flush: Array,
+    platform: str | None = None,
 ) -> tuple[list[Buffer], Buffer]:
     """Runs one chunk through all stages on one device.
 
@@ -167,11 +171,12 @@ def _feed(
         have the shape `[1]` here, so that devices of a mesh can be joined along it.
       chunk: `Samples` for the first stage.
       flush: bool, whether to leave nothing in the queues.
+      platform: as for `tiles.default_tiles`.
 
     Returns:
       The queues for the next chunk, and the outputs.
     """
-    tiles = compaction.choose_tiles(tiles, exits[0], chunk.rows.features)
+    tiles = choose_tiles(tiles, exits[0], chunk.rows.features, platform)
     _, logits = output_shapes(exits[0], chunk.rows)
     size = len(chunk.rows.indices) + len(exits) * tiles[0]
     outputs, left = compaction.empty_outputs(logits, size), []
@@ -197,7 +202,10 @@ def _without_first(queue: Buffer, num_run: Array, tile: int) -> Buffer:
 
 
 def _empty_queues(
-    exits: Sequence[Exit], tiles: tuple[int, ...] | None, samples: Samples
+    exits: Sequence[Exit],
+    tiles: tuple[int, ...] | None,
+    samples: Samples,
+    platform: str | None = None,
 ) -> list[Buffer]:
     """Empty queues on one device for all stages but the first; `samples` are a chunk.
 
@@ -205,10 +213,10 @@ def _empty_queues(
     it, less than a tile for each; and a tile is written whole.
     """
     chunk, queues = len(samples.indices), []
-    tiles = compaction.choose_tiles(tiles, exits[0], samples.features)
+    tiles = choose_tiles(tiles, exits[0], samples.features, platform)
     for e, exit in enumerate(exits[:-1]):
         samples, _ = output_shapes(exit, samples)
-        queue = compaction.empty_buffer(samples, chunk + (e + 2) * tiles[0])
+        queue = compaction.empty_buffer(samples, chunk + (e + 2) * tiles[0], platform)
         queues.append(queue._replace(count=queue.count[None]))
     return queues
 
