@@ -202,13 +202,13 @@ def test_mistakes_are_one_line(capsys, monkeypatch):
 @needs_libtpu
 def test_executors_are_good_programs_on_a_tpu(tmp_path):
     executors = ["cond", "compact", "loop", "host"]
-    argv = ["--networks", "resnet8", "--batches", "512", "--executors", *executors]
+    argv = ["--networks", "resnet8", "--batches", "1024", "--executors", *executors]
     assert command.main([*argv, "--json", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["inference"]
     by_name = {(row["executor"], row["batch"]): row for row in rows}
     assert by_name["cond", 1]["conditionals"] == 2
     for name in ("compact", "loop", "host"):
-        row = by_name[name, 512]
+        row = by_name[name, 1024]
         assert row["temporary_ratio"] <= 1.5
         assert row["cycles"] > 0
         assert row["loops"] == (0 if name == "host" else 3 * len(row["tiles"]))

@@ -151,8 +151,13 @@ def exit_step(exit: Exit, samples: Samples) -> tuple[Samples, Array, Array]:
 
 
 def output_shapes(exit: Exit, samples: Samples) -> tuple[Samples, Any]:
-    """Shapes and dtypes of the next exit's samples and of the logits; nothing is computed."""
-    return jax.eval_shape(lambda samples: exit_step(exit, samples)[:2], samples)
+    """Shapes and dtypes of the next exit's samples and of the logits; nothing is computed, and
+    shapes alone of variables and samples will do."""
+
+    def run(variables: Any, samples: Samples) -> tuple[Samples, Array]:
+        return exit_step(exit._replace(variables=variables), samples)[:2]
+
+    return jax.eval_shape(run, exit.variables, samples)
 
 
 def pad_batch(images: Any, size: int) -> Any:

@@ -44,7 +44,9 @@ def choose_tiles(
     if tiles is not None:
         return tiles
     features = jax.eval_shape(
-        lambda images: exit.stage.apply(exit.variables[0], images, train=False)[0], images
+        lambda variables, images: exit.stage.apply(variables, images, train=False)[0],
+        exit.variables[0],
+        images,
     )
     leaves = jax.tree.leaves(features)
     num_bytes = sum(x.size * x.dtype.itemsize for x in leaves)
