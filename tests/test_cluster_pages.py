@@ -9,7 +9,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # What a reader waits for and a test does not.
-SMALL = "--network.width 4 --policies.names max_prob --inference.repeats 2".split()
+SMALL = ["--network.width", "4", "--policies.names", "max_prob", "--inference.repeats", "2"]
 
 
 def test_the_commands_on_training_run(tmp_path):

@@ -79,7 +79,8 @@ def simulate(scheduler, requests, seconds=SECONDS):
             scheduler.expire(now)
             continue
         now, _, what, detail = heapq.heappop(events)
-        scheduler.expire(now)
+        if what != "end":
+            scheduler.expire(now)
         if what == "arrive":
             arrays = (np.array([detail.scores]), np.array([detail.number]))
 
@@ -156,6 +157,19 @@ def test_everyone_is_told_once_and_whoever_is_accepted_in_time(made, path, capac
             assert isinstance(answer, Refusal)
             assert answer.reason in ("full", "late")
             assert when == request.arrives
+
+
+@given(requests(), st.sampled_from([ONE, THREE]), st.floats(1.0, 5.0))
+@settings(max_examples=200)
+def test_nobody_waits_past_the_deadline_however_slow_stages_are(made, path, slower):
+    scheduler = Scheduler(path, lambda: SECONDS, tile=TILE, doubt=5.0)
+    simulate(scheduler, made, slower * SECONDS)
+    for request in made:
+        ((when, answer),) = request.told
+        assert when <= request.due + 1e-9
+        if request.accepted and isinstance(answer, Refusal):
+            assert answer.reason == "late"
+            assert when == request.due
 
 
 @given(requests(), st.sampled_from([ONE, THREE]))

@@ -2,7 +2,8 @@
 
 Every sample has a deadline. Samples of many requests wait before the stage that they reached, and
 run in tiles. Whoever is accepted gets an answer until its deadline, of its own exit or the best
-one so far, if stages take as long as they lately did, and no tile fails.
+one so far, if stages take as long as they lately did, and no tile fails. One that has no answer by
+its deadline is refused then.
 
 - **Refused at once** is a sample for which there is no place, or whose first exit could not be
   reached in time behind those that wait.
@@ -140,9 +141,10 @@ class Scheduler:
             raise Refusal("full", f"{self.capacity} samples are under way; try again later.")
         sample = Sample(arrays, 0, due, tell, next(self._numbers), set())
         self._push(sample)
+        start = max(now, self._free_at) if self.now_running else now
         # Nobody that was accepted may be late for it, nor may it be late itself.
         if not (
-            self._fits(max(now, self._free_at) if self.now_running else now, MARGIN)
+            (due - start >= MARGIN * self.seconds()[0, 1] and self._fits(start, start, MARGIN))
             or (not self._under_way and now - self._ran[0] >= self._doubt)
         ):
             self._pull(sample)
@@ -160,21 +162,21 @@ class Scheduler:
                 trim(sample.together)
 
     def expire(self, now: float) -> None:
-        """Tells those whose deadline has come; one that has no answer yet waits for its tile."""
-        for queue in self._waiting[1:]:
+        """Tells those whose deadline has come their best answer; one that has none is refused."""
+        for queue in self._waiting:
             while queue and queue[0][0] <= now:
                 self._tell_best(queue[0][2])
         if self.now_running is not None:
             for sample in self.now_running.samples:
-                if sample.open and sample.due <= now and sample.best is not None:
+                if sample.open and sample.due <= now:
                     self._tell_best(sample)
 
     def wake(self) -> float:
         """When `expire` has something to do next; inf for never."""
-        dues = [queue[0][0] for queue in self._waiting[1:] if queue]
+        dues = [queue[0][0] for queue in self._waiting if queue]
         if self.now_running is not None:
             running = self.now_running.samples
-            dues += [s.due for s in running if s.open and s.best is not None]
+            dues += [sample.due for sample in running if sample.open]
         return min(dues, default=np.inf)
 
     def next(self, now: float) -> Work | None:
@@ -262,7 +264,7 @@ class Scheduler:
         others.sort(key=lambda e: self._waiting[e][0][0])
         for e in [*full[::-1], *others]:
             size = min(len(self._waiting[e]), self.tile)
-            if e == 0 or self._fits(now + seconds[e, size]):
+            if e == 0 or self._fits(now, now + seconds[e, size]):
                 return e
         return 0 if self._waiting[0] else None
 
@@ -277,27 +279,30 @@ class Scheduler:
             self._tell_best(queue[0][2])
 
     def _tile(self, stage: int, now: float, seconds: list[float]) -> tuple[Sample, ...]:
-        """The samples due first, as many as are done when the first is due that can be in time."""
+        """The samples due first that can be in time, as many as are done when the first is due."""
         queue = self._waiting[stage]
-        most = min(len(queue), self.tile)
-        # Those who are late whatever runs make no tile small: that would make others late.
-        sizes = (_largest(seconds, queue[i][0] - now) for i in range(most))
-        size = next((min(size, most) for i, size in enumerate(sizes) if size > i), most)
-        samples = [sample for *_, sample in queue[:size]]
+        # Those who are late whatever runs do not, unless all are: others would be late for them.
+        first = next((i for i, (due, *_) in enumerate(queue) if due - now >= seconds[1]), None)
+        size = self.tile if first is None else _largest(seconds, queue[first][0] - now)
+        samples = [sample for *_, sample in queue[first or 0 :][: min(size, self.tile)]]
+        size = len(samples)
         alone = next((i for i, sample in enumerate(samples) if sample.alone), size)
         del samples[max(alone, 1) :]
         together = {id(sample.arrays): i for i, sample in enumerate(samples)}
         return tuple(sorted(samples, key=lambda sample: together[id(sample.arrays)]))
 
-    def _fits(self, start: float, margin: float = 1.0) -> bool:
+    def _fits(self, now: float, start: float, margin: float = 1.0) -> bool:
         """Whether all that wait for their first exit reach it in time, if nothing else runs from
         `start` on and it takes `margin` times as long as lately; and if there are many, in tiles
-        that are not much smaller than they could be."""
+        that are not much smaller than they could be. Those who would be late from `now` on do not
+        count."""
         # Lists, because this runs for every arrival: an element of an array takes three times as
         # long.
         queue, tile = self._waiting[0], self.tile
-        seconds = (margin * self.seconds()[0]).tolist()
-        ends, i, count = start, 0, len(queue)
+        seconds = self.seconds()[0]
+        lost = bisect.bisect_left(queue, now + float(seconds[1]), key=lambda entry: entry[0])
+        seconds = (margin * seconds).tolist()
+        ends, i, count = start, lost, len(queue)
         while i < count:
             left = queue[i][0] - ends
             size = tile if seconds[-1] <= left else _largest(seconds, left)
@@ -306,7 +311,7 @@ class Scheduler:
             size = min(size, count - i)
             ends += seconds[size]
             i += size
-        whole, rest = divmod(count, tile)
+        whole, rest = divmod(count - lost, tile)
         least = whole * seconds[-1] + seconds[rest]
         return not whole or ends - start <= WASTE * least
 
@@ -346,8 +351,8 @@ class Scheduler:
         sample.together.discard(sample)
 
     def _tell_best(self, sample: Sample) -> None:
-        assert sample.best is not None
-        self._tell(sample, sample.best)
+        late = Refusal("late", "the load left no time for its first exit.")
+        self._tell(sample, late if sample.best is None else sample.best)
 
     def _tell(self, sample: Sample, answer: Answer | Refusal) -> None:
         self.leave(sample)

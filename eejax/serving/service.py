@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import concurrent.futures
 import time
 from types import TracebackType
@@ -16,12 +15,12 @@ from eejax.serving.scheduler import Scheduler
 from eejax.serving.times import Engine, StageTimes
 
 # Seconds before a deadline at which the best answer so far is handed over, at least and at most.
-# In between it is as long as the event loop lately took to hand answers over, which under load has
-# other requests to look after, too.
+# In between it is the longest that the event loop lately took to hand an answer over, because under
+# load it has other requests to look after, too; after a second half of that, and so on.
 RESERVE, LONGEST = 0.001, 0.05
 # Of a deadline, at most.
 _SHARE = 0.25
-_RECENT, _QUANTILE = 256, 0.995
+_HALF = 1.0  # seconds
 
 
 class Service:
@@ -39,8 +38,7 @@ class Service:
         self.scheduler, self.times = scheduler, times
         self._engine = engine
         self._closed = self.broke = False
-        self._lags: collections.deque[float] = collections.deque(maxlen=_RECENT)
-        self._reserve = RESERVE
+        self._reserve, self._noted = RESERVE, time.monotonic()
         self._news = asyncio.Event()
         # One: an engine uses all cores.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "eejax-engine")
@@ -101,11 +99,9 @@ class Service:
 
     def _note_lag(self, since: float) -> None:
         """Takes in that something was handed over now, and could have been since then."""
-        lag = time.monotonic() - since
-        if lag > 0:
-            self._lags.append(lag)
-            longest = sorted(self._lags)[int(_QUANTILE * (len(self._lags) - 1))]
-            self._reserve = min(max(longest, RESERVE), LONGEST)
+        now = time.monotonic()
+        faded = self._reserve * 0.5 ** ((now - self._noted) / _HALF)
+        self._reserve, self._noted = min(max(now - since, faded, RESERVE), LONGEST), now
 
     def _stage(self, work: Work) -> tuple[StageResult, float, float]:
         """The result of a tile, and when it began and ended."""
@@ -142,7 +138,8 @@ class Service:
             while not job.done():
                 left = self.scheduler.wake() - time.monotonic()
                 await asyncio.wait([job], timeout=max(left, 0) if left < np.inf else None)
-                self.scheduler.expire(time.monotonic())
+                if not job.done():
+                    self.scheduler.expire(time.monotonic())
             try:
                 result, begin, end = job.result()
             except Exception as error:  # of any engine
